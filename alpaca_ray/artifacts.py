@@ -1,0 +1,209 @@
+"""The run directory on any pyarrow filesystem: the contract between stages.
+
+`<storage_path>/<run name>/config.yaml` holds the resolved config; `<stage>/manifest.json`, written last and by
+rename, says that a stage is done.
+"""
+
+import datetime
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.fs
+import pyarrow.parquet as pq
+import yaml
+
+from alpaca_ray.config import RunConfig, UserError, config_hash, result_fields
+
+PACKAGES = ("alpaca-ray", "ray", "torch", "transformers", "openai", "pyarrow")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths are relative to the run's root and use "/"."""
+
+    fs: pa.fs.FileSystem
+    root: str
+
+    def path(self, relative: str) -> str:
+        """The path of a file as the filesystem `fs` knows it."""
+        return f"{self.root}/{relative}"
+
+    def exists(self, relative: str) -> bool:
+        """Whether a file or directory stands there."""
+        return bool(self.fs.get_file_info(self.path(relative)).type != pa.fs.FileType.NotFound)
+
+    def read_bytes(self, relative: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        with self.fs.open_input_stream(self.path(relative)) as stream:
+            return bytes(stream.read())
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Write under a temporary name, then rename: a reader sees the whole file or none."""
+        target = self.path(relative)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            self.fs.create_dir(target.rpartition("/")[0], recursive=True)
+            with self.fs.open_output_stream(temporary) as stream:
+                stream.write(data)
+            self.fs.move(temporary, target)
+        except OSError as error:
+            raise _explain_write(error, target) from error
+
+    def read_json(self, relative: str) -> Any:
+        """The parsed file. Raises FileNotFoundError."""
+        return json.loads(self.read_bytes(relative))
+
+    def write_json(self, relative: str, value: Any) -> None:
+        """Indented, keys as given, non-ASCII characters as they are."""
+        self.write_bytes(relative, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+    def read_table(self, relative: str) -> pa.Table:
+        """A Parquet file, or a directory of them."""
+        return pq.read_table(self.path(relative), filesystem=self.fs)
+
+    def write_table(self, relative: str, table: pa.Table) -> None:
+        """One Parquet file, whole or not at all."""
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        self.write_bytes(relative, sink.getvalue().to_pybytes())
+
+    def upload(self, local: Path, relative: str) -> None:
+        """Copy a local directory to `relative`, which is replaced as a whole."""
+        target = self.path(relative)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        try:
+            self.fs.create_dir(temporary, recursive=True)
+            pa.fs.copy_files(str(local), temporary, destination_filesystem=self.fs)
+            self.delete(relative)
+            self.fs.move(temporary, target)
+        except OSError as error:
+            raise _explain_write(error, target) from error
+
+    def delete(self, relative: str) -> None:
+        """Remove a directory with all it holds; nothing happens where there is none."""
+        if self.exists(relative):
+            self.fs.delete_dir(self.path(relative))
+
+
+def open_run(storage_path: str, name: str) -> RunDirectory:
+    """The run's directory, on a local path or any URI that pyarrow opens; it need not exist yet.
+
+    Raises UserError for a URI that pyarrow cannot open, and for a relative path inside a submitted job, whose
+    working directory is a copy that Ray deletes.
+    """
+    if "://" in storage_path:
+        try:
+            filesystem, root = pa.fs.FileSystem.from_uri(storage_path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(f"storage_path {storage_path} cannot be opened: {error}") from None
+        return RunDirectory(filesystem, f"{root.rstrip('/')}/{name}")
+    local = Path(storage_path).expanduser()
+    if not local.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UserError(
+            f"storage_path {storage_path!r} is relative: a submitted job would lose what it writes there. "
+            "Give an absolute path that all nodes share, or a URI such as s3://bucket/runs, as --storage-path"
+        )
+    return RunDirectory(pa.fs.LocalFileSystem(), str(local.absolute() / name))
+
+
+@dataclass
+class Stage:
+    """One stage of a run. `manifest` is that of an earlier, finished run of it; None: there is work to do."""
+
+    name: str
+    config: RunConfig
+    run: RunDirectory
+    inputs: Mapping[str, str]  # name -> hash of the content
+    manifest: dict[str, Any] | None = None
+    started_s: float = field(default_factory=time.time)
+
+    def path(self, relative: str) -> str:
+        """The path inside the run of a file of this stage."""
+        return f"{self.name}/{relative}"
+
+    def finish(self, counts: Mapping[str, Any], outputs: Mapping[str, str]) -> dict[str, Any]:
+        """Write the manifest, the mark that the stage is done. `outputs`: name -> hash of the content."""
+        section = getattr(self.config, self.name)
+        self.manifest = {
+            "stage": self.name,
+            "config_hash": config_hash(section),
+            "config": result_fields(section),
+            "inputs": dict(self.inputs),
+            "outputs": dict(outputs),
+            "counts": dict(counts),
+            "wall_time_s": round(time.time() - self.started_s, 1),
+            "finished_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+        self.run.write_json(self.path("manifest.json"), self.manifest)
+        return self.manifest
+
+
+def begin_stage(run: RunDirectory, config: RunConfig, name: str, inputs: Mapping[str, str]) -> Stage:
+    """Enter a stage: find it done, go on with it, or start it. The resolved config goes to config.yaml.
+
+    Raises UserError naming the fields if the stage was begun or finished with another config or other inputs.
+    """
+    asked = {name: result_fields(getattr(config, name)), "input": dict(inputs)}
+    if run.exists(f"{name}/manifest.json"):
+        manifest = run.read_json(f"{name}/manifest.json")
+        _refuse_change(run, name, {name: manifest["config"], "input": manifest["inputs"]}, asked)
+        return Stage(name, config, run, inputs, manifest)
+    record = yaml.safe_load(run.read_bytes("config.yaml")) if run.exists("config.yaml") else {"begun": {}}
+    if name in record["begun"]:
+        _refuse_change(run, name, record["begun"][name], asked)
+    # "begun" holds what must not change any more, "config" the whole resolved config as last asked for
+    resolved = {
+        "hash": config_hash(config),
+        "begun": record["begun"] | {name: asked},
+        "config": config.model_dump(mode="json"),
+    }
+    run.write_bytes("config.yaml", yaml.safe_dump(resolved, sort_keys=False).encode())
+    return Stage(name, config, run, inputs)
+
+
+def finished(run: RunDirectory, name: str) -> dict[str, Any]:
+    """The manifest of a stage that another one builds on. Raises UserError if that stage is not done."""
+    if not run.exists(f"{name}/manifest.json"):
+        raise UserError(f"stage {name} of {run.root} is not done: run jobs/{name}.py with the same config first")
+    manifest: dict[str, Any] = run.read_json(f"{name}/manifest.json")
+    return manifest
+
+
+def table_hash(table: pa.Table) -> str:
+    """SHA-256 over a table's rows as JSON, first 16 digits: equal rows are equal, however they are compressed."""
+    return hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_change(run: RunDirectory, name: str, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    differences = [f"  {key}: {old!r} there, {new!r} now" for key, old, new in _differences(recorded, asked)]
+    if differences:
+        raise UserError(
+            f"{run.root} was made with another {name} config. These differ:\n"
+            + "\n".join(differences)
+            + "\nGive the values it was made with, or another --name"
+        )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    elif old != new:
+        yield prefix, old, new
+
+
+def _explain_write(error: OSError, target: str) -> OSError | UserError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"no space left to write {target}: free some, or choose another --storage-path")
+    return error

@@ -1,0 +1,22 @@
+"""Fine-tune the base model on the run's dataset: `python jobs/train.py --recipe tiny_cpu`."""
+
+import sys
+
+from alpaca_ray.artifacts import begin_stage, open_run
+from alpaca_ray.cli import announce, run_job
+from alpaca_ray.config import load_config
+from alpaca_ray.train import trainer
+
+
+def main() -> None:
+    """Exits 0 only when the stage is done."""
+    config = load_config(sys.argv[1:])
+    run = open_run(config.storage_path, config.name)
+    stage = begin_stage(run, config, "train", trainer.inputs(run))
+    if stage.manifest is None:
+        trainer.train(stage)
+    announce(stage)
+
+
+if __name__ == "__main__":
+    run_job(main)
