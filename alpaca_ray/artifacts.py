@@ -33,10 +33,21 @@ class RunDirectory:
 
     fs: pa.fs.FileSystem
     root: str
+    uri: str | None = None  # of the root, "?" options included; None on a local filesystem
 
     def path(self, relative: str) -> str:
         """The path of a file as the filesystem `fs` knows it."""
         return f"{self.root}/{relative}"
+
+    def reference(self, relative: str, content_hash: str) -> str:
+        """A directory of this run as `models.resolve` takes it: a local path, or a URI that any node can fetch.
+
+        The hash stands in the URI, so that a cached copy of what lay there before is not taken for it.
+        """
+        if self.uri is None:
+            return self.path(relative)
+        location, mark, options = self.uri.partition("?")
+        return f"{location}/{relative}{mark}{options}#{content_hash}"
 
     def exists(self, relative: str) -> bool:
         """Whether a file or directory stands there."""
@@ -106,7 +117,10 @@ def open_run(storage_path: str, name: str) -> RunDirectory:
             filesystem, root = pa.fs.FileSystem.from_uri(storage_path)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"storage_path {storage_path} cannot be opened: {error}") from None
-        return RunDirectory(filesystem, f"{root.rstrip('/')}/{name}")
+        location, mark, options = storage_path.partition("?")
+        uri = f"{location.rstrip('/')}/{name}{mark}{options}"
+        local_uri = isinstance(filesystem, pa.fs.LocalFileSystem)
+        return RunDirectory(filesystem, f"{root.rstrip('/')}/{name}", None if local_uri else uri)
     local = Path(storage_path).expanduser()
     if not local.is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(

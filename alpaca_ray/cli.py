@@ -1,10 +1,13 @@
 """`alpaca-ray`: doctor, demo, down; and how jobs begin and end."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
+from alpaca_ray import __version__
 from alpaca_ray.artifacts import Stage
 from alpaca_ray.config import UserError
 
@@ -29,8 +32,44 @@ def announce(stage: Stage) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line."""
-    raise NotImplementedError
+    """The command line. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="alpaca-ray", description="From seed tasks to a served model, on Ray.")
+    parser.add_argument("--version", action="version", version=f"alpaca-ray {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("doctor", help="what this machine has and what it lacks; exit code 1 if it lacks something")
+    demo = commands.add_parser("demo", help="the whole path on this machine: generate, train, evaluate, serve")
+    demo.add_argument("--directory", default=".demo", help="where cluster, runs and logs go (default: %(default)s)")
+    down = commands.add_parser("down", help="end what the demo left running")
+    down.add_argument("--directory", default=".demo", help="as given to the demo (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    try:
+        return COMMANDS[arguments.command](arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from alpaca_ray import doctor
+
+    findings = doctor.examine()
+    print(doctor.render(findings))
+    return int(any(finding.problem is not None for finding in findings))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from alpaca_ray import demo
+
+    return demo.up(Path(arguments.directory))
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    from alpaca_ray import demo
+
+    return demo.down(Path(arguments.directory))
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {"doctor": _doctor, "demo": _demo, "down": _down}
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def _merge(values: dict[str, Any], overrides: list[str], where: str) -> RunConfi
             return command_line, environment, InitSettingsSource(settings_cls, init_kwargs=values)
 
     try:
-        settings = Settings()  # type: ignore[call-arg]  # the sources give the fields
+        settings = Settings()
     except ValidationError as error:
         raise ConfigError(explain(error, where)) from None
     except SettingsError as error:

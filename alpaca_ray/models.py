@@ -133,7 +133,7 @@ def _load(auto_class: Any, reference: str, **kwargs: Any) -> Any:
 
 def _fetch(uri: str, target: Path) -> None:
     try:
-        filesystem, root = pa.fs.FileSystem.from_uri(uri)
+        filesystem, root = pa.fs.FileSystem.from_uri(uri.partition("#")[0])  # the fragment only tells versions apart
         pa.fs.copy_files(root, str(target), source_filesystem=filesystem)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"model {uri} cannot be fetched: {error}") from None
@@ -178,7 +178,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF_FILE, dtype=torch.float32)
     # The weights are plain by now; save_pretrained refuses while the model says that it is quantised.
-    model.hf_quantizer = None
+    model.hf_quantizer = None  # type: ignore[assignment]  # typed as a submodule
     del model.config.quantization_config
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE).save_pretrained(target)

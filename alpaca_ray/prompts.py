@@ -55,6 +55,11 @@ def first_number(num_examples: int) -> int:
     return num_examples + 1
 
 
+def stop_sequence(num_tasks: int) -> str:
+    """Where a response has enough tasks. A whole heading, so that no sentence of an answer is ever cut by it."""
+    return f"\n{num_tasks + 1}. Instruction:"
+
+
 def _one_line(instruction: str) -> str:
     return " ".join(instruction.split()).rstrip(":")
 

@@ -1,10 +1,34 @@
-"""Fixtures for all tests: a tiny model, and a cache of their own so that none touches the user's."""
+"""Fixtures for all tests: a tiny model, a model cache of their own, and Ray settings that touch nothing of the user's."""
 
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from tests.tiny import write_tiny_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Set what Ray reads when it is imported, before any test module imports it."""
+    # A short path: the Unix sockets of a Ray session lie below it and may have 107 characters at most.
+    home = Path(tempfile.mkdtemp(prefix="ar", dir="/tmp"))
+    (home / "token").write_text("test-" * 8)
+    (home / "token").chmod(0o600)
+    os.environ |= {
+        "ALPACA_RAY_TEST_HOME": str(home),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "OMP_NUM_THREADS": "1",  # several processes share two cores
+        "OPENAI_API_KEY": "good-key",
+        "TRANSFORMERS_VERBOSITY": "error",
+    }
+    config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")
