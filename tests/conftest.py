@@ -1,4 +1,4 @@
-"""Fixtures for all tests: a tiny model, a model cache of their own, and Ray settings that touch nothing of the user's."""
+"""Fixtures for all tests: a tiny model, a model cache of their own, Ray settings that touch nothing of the user."""
 
 import os
 import shutil

@@ -9,9 +9,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-VERBS = "Describe Explain Compare List Rewrite Summarise Suggest Plan Classify Translate Invent Criticise".split()
-NOUNS = "harbour violin orchard glacier lantern parliament bakery compass meadow tunnel library comet".split()
-ENDS = "for a child;in exactly two sentences;with one example;as a letter;without using numbers;step by step".split(";")
+VERBS = ["Describe", "Explain", "Compare", "List", "Rewrite", "Summarise", "Suggest", "Plan", "Classify", "Criticise"]
+NOUNS = ["harbour", "violin", "orchard", "glacier", "lantern", "parliament", "bakery", "compass", "meadow", "tunnel"]
+ENDS = ["for a child", "in two sentences", "with one example", "as a letter", "without numbers", "step by step"]
 
 Refusal = tuple[int, str]  # status, error code
 

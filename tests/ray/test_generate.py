@@ -25,7 +25,8 @@ def teacher() -> Iterator[Teacher]:
 def stage(teacher: Teacher, storage: Path, *overrides: str) -> Stage:
     config = load_config(
         ["--recipe", "tiny_cpu", "--storage-path", str(storage), "--generate.num-instructions", str(KEPT),
-         "--generate.requests-per-round", "8", "--generate.num-actors", "1", "--generate.concurrent-requests-per-actor", "2",
+         "--generate.requests-per-round", "8", "--generate.num-actors", "1",
+         "--generate.concurrent-requests-per-actor", "2",
          "--generate.teacher.model", "scripted", "--generate.teacher.base-url", teacher.base_url,
          "--generate.teacher.max-retries", "0", *overrides]
     )  # fmt: skip

@@ -1,0 +1,42 @@
+# make demo    seed tasks to a served model on this machine
+# make down    end what the demo left running
+# make test    all tests
+# make check   what pre-commit and CI check
+# make lock    write requirements.lock anew from pyproject.toml
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALLED := $(VENV)/.installed
+BIN := $(VENV)/bin
+
+.PHONY: demo down test check bench lock
+
+demo: $(INSTALLED)
+	$(BIN)/alpaca-ray demo
+
+down: $(INSTALLED)
+	$(BIN)/alpaca-ray down
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/pre-commit run --all-files
+
+bench: $(INSTALLED)
+	@echo "no benchmarks yet: they come with the generation engine (see CHANGELOG.md)"
+
+# torch is held at the version that was measured, and without the suffix of its build: pip takes the CPU or the CUDA
+# build of it, whichever the machine's index gives.
+TORCH := torch==2.13.0
+lock: $(INSTALLED)
+	$(BIN)/pip-compile --quiet --extra dev --strip-extras --no-emit-index-url --no-emit-find-links \
+		--no-emit-trusted-host --no-header --annotation-style line --upgrade-package $(TORCH) \
+		--output-file requirements.lock pyproject.toml
+	sed -i 's/^$(TORCH)+[a-z0-9]*/$(TORCH)/' requirements.lock
+
+$(INSTALLED): requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@

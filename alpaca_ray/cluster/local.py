@@ -1,0 +1,199 @@
+"""A Ray head on this machine as a process of its own: its own token, temp dir and ports, ended by its pid.
+
+Nothing here touches another cluster of the machine (`ray stop` would end them all).
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from alpaca_ray.config import UserError
+from alpaca_ray.doctor import is_free
+
+START_TIMEOUT_S = 90
+STOP_TIMEOUT_S = 45  # Ray drains a node for up to 30 s
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A running head. `directory` holds its record, token and log; `temp_dir` is Ray's, with a short path."""
+
+    directory: str
+    temp_dir: str
+    pid: int
+    process_started_s: float  # with the pid, names one process for good
+    dashboard_port: int
+    serve_port: int
+
+    @property
+    def dashboard(self) -> str:
+        """Address for `ray job submit` and `serve deploy`."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def serve_url(self) -> str:
+        """Base URL of what Ray Serve hosts."""
+        return f"http://127.0.0.1:{self.serve_port}"
+
+    def environment(self) -> dict[str, str]:
+        """This process's environment, with what Ray's command line needs to reach the cluster."""
+        return _environment(Path(self.directory)) | {"RAY_API_SERVER_ADDRESS": self.dashboard}
+
+
+def start(directory: Path, num_cpus: int, extra_environment: dict[str, str]) -> LocalCluster:
+    """Start a head and wait until it answers. `extra_environment` is seen by all its jobs and actors.
+
+    Raises UserError with the end of its log if it does not come up.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _write_token(directory / "token")
+    # Unix sockets lie below it, and their paths may have 107 characters at most: not inside `directory`.
+    temp_dir = tempfile.mkdtemp(prefix="alpaca-ray-")
+    gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
+    command = [
+        _script("ray"), "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}",
+        f"--temp-dir={temp_dir}", f"--port={gcs_port}", f"--ray-client-server-port={client_port}",
+        "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
+        f"--dashboard-agent-listen-port={agent_port}",
+    ]  # fmt: skip
+    with (directory / "head.log").open("wb") as log:
+        process = subprocess.Popen(
+            command, env=_environment(directory) | extra_environment, stdout=log, stderr=log, start_new_session=True
+        )
+    started_s = psutil.Process(process.pid).create_time()
+    serve_port = 8000 if is_free(8000) else free_ports(1)[0]
+    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port)
+    (directory / "cluster.json").write_text(json.dumps(asdict(cluster)))
+    _wait_until_up(cluster, process)
+    return cluster
+
+
+def running(directory: Path) -> LocalCluster | None:
+    """The cluster that was started with this directory, if its head still runs."""
+    try:
+        cluster = LocalCluster(**json.loads((directory / "cluster.json").read_text()))
+    except FileNotFoundError:
+        return None
+    return cluster if _head(cluster) else None
+
+
+def stop(cluster: LocalCluster) -> None:
+    """End the head, which ends all it started, and remove Ray's temp dir."""
+    head = _head(cluster)
+    if head:
+        family = [head, *head.children(recursive=True)]
+        head.terminate()
+        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+    (Path(cluster.directory) / "cluster.json").unlink(missing_ok=True)
+
+
+def submit(cluster: LocalCluster, name: str, entrypoint: Sequence[str], working_dir: Path) -> None:
+    """`ray job submit`, its log on this terminal; returns when the job succeeded. Raises UserError if it did not."""
+    submission_id = f"{name}-{secrets.token_hex(4)}"
+    command = [
+        _script("ray"), "job", "submit", "--address", cluster.dashboard, "--submission-id", submission_id,
+        "--log-style", "record", "--log-color", "false", "--working-dir", str(working_dir), "--", *entrypoint,
+    ]  # fmt: skip
+    subprocess.run(command, env=cluster.environment(), check=False)
+    # The exit code does not tell: it is 0 for a job that was stopped.
+    status = _ask_dashboard(cluster, f"/api/jobs/{submission_id}")["status"]
+    if status != "SUCCEEDED":
+        raise UserError(f"job {submission_id} ended as {status}: its log is above, and in {cluster.temp_dir}")
+
+
+def deploy(cluster: LocalCluster, config_file: Path, timeout_s: float) -> None:
+    """`serve deploy`, then wait until just the applications of the file run.
+
+    Raises UserError with Serve's message if one cannot run, or after `timeout_s`.
+    """
+    command = [_script("serve"), "deploy", "--address", cluster.dashboard, str(config_file)]
+    done = subprocess.run(command, env=cluster.environment(), check=False, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise UserError(f"`serve deploy {config_file}` failed:\n{done.stderr[-2000:]}")
+    wanted = {application["name"] for application in yaml.safe_load(config_file.read_text())["applications"]}
+    deadline_s = time.monotonic() + timeout_s
+    while time.monotonic() < deadline_s:
+        applications = _ask_dashboard(cluster, "/api/serve/applications/")["applications"]
+        states = {name: application["status"] for name, application in applications.items()}
+        for name in sorted(states.keys() & wanted):
+            if states[name] in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise UserError(f"application {name} is {states[name]}: {applications[name]['message']}")
+        if states == dict.fromkeys(wanted, "RUNNING"):
+            return
+        time.sleep(0.5)
+    raise UserError(f"the applications do not run after {timeout_s:.0f} s: {states}; logs in {cluster.temp_dir}")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def _ask_dashboard(cluster: LocalCluster, path: str) -> Any:
+    token = (Path(cluster.directory) / "token").read_text()
+    request = urllib.request.Request(cluster.dashboard + path, headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        return json.load(response)
+
+
+def _environment(directory: Path) -> dict[str, str]:
+    ours = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
+        # Entrypoints say `python`: the one of this environment.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
+    }
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ours
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def _write_token(path: Path) -> None:
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+
+
+def _head(cluster: LocalCluster) -> psutil.Process | None:
+    try:
+        process = psutil.Process(cluster.pid)
+    except psutil.NoSuchProcess:
+        return None
+    return process if process.create_time() == cluster.process_started_s else None
+
+
+def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes]) -> None:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s and process.poll() is None:
+        with contextlib.suppress(OSError):
+            _ask_dashboard(cluster, "/api/serve/applications/")
+            return
+        time.sleep(0.5)
+    log = (Path(cluster.directory) / "head.log").read_text(errors="replace")[-2000:]
+    stop(cluster)
+    raise UserError(f"the Ray head did not come up. The end of its log:\n{log}")

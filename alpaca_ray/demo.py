@@ -1,0 +1,125 @@
+"""The whole path on one machine, as a team walks it on a cluster: submit the stages, deploy the model, ask it.
+
+    alpaca-ray demo      (or: make demo)
+
+The teacher is the embedded small model, served by the same application that later serves the student.
+"""
+
+import datetime
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from openai import OpenAI
+
+from alpaca_ray.artifacts import RunDirectory, open_run
+from alpaca_ray.cluster import local
+from alpaca_ray.config import STAGES, UserError, load_config
+from alpaca_ray.models import EMBEDDED, resolve
+
+RECIPE = "tiny_cpu"
+TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
+QUESTION = "Suggest three healthy snacks for a long train journey."
+DEPLOY_TIMEOUT_S = 300
+
+
+def up(directory: Path) -> int:
+    """Run the demo and leave the student served. Raises UserError where a step fails; the next try goes on there."""
+    if not Path("jobs").is_dir():
+        raise UserError("run the demo from the project's checkout: the folder jobs/ is not here")
+    directory = directory.absolute()
+    started_s = time.monotonic()
+    storage_path = str(directory / "runs")
+    run = open_run(storage_path, load_config(["--recipe", RECIPE, "--storage-path", storage_path]).name)
+
+    _say("the embedded model (downloaded and unpacked at the first time)")
+    resolve(EMBEDDED)
+    cluster = _cluster(directory)
+    for stage in STAGES:
+        overrides = ["--storage-path", storage_path]
+        if not run.exists(f"{stage}/manifest.json"):
+            # Two cores: nothing is served while models are trained and compared.
+            _deploy(cluster, directory, (EMBEDDED, TEACHER) if stage == "generate" else None)
+        if stage == "generate":
+            overrides += ["--generate.teacher.base-url", f"{cluster.serve_url}/v1"]
+        _say(f"{stage}: ray job submit -- python jobs/{stage}.py --recipe {RECIPE}")
+        entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
+        local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())
+    _deploy(cluster, directory, (run.path("train/model"), STUDENT))
+    answer = _ask(cluster)
+    print(_summary(run, cluster, answer, time.monotonic() - started_s), flush=True)
+    return 0
+
+
+def down(directory: Path) -> int:
+    """End the demo's cluster. The runs stay."""
+    cluster = local.running(directory.absolute())
+    if cluster is None:
+        print(f"no demo cluster of {directory} is running")
+        return 0
+    local.stop(cluster)
+    print(f"the demo's cluster is down; its runs stay in {directory / 'runs'}")
+    return 0
+
+
+def _cluster(directory: Path) -> local.LocalCluster:
+    cluster = local.running(directory)
+    if cluster:
+        _say(f"the local Ray cluster runs already: {cluster.dashboard}")
+        return cluster
+    _say("a local Ray cluster with a temp dir, ports and a token of its own")
+    # Nodes know the teacher's key by their environment; our own server asks for none, any value will do.
+    environment = {"OPENAI_API_KEY": "none-needed"}
+    return local.start(directory, num_cpus=max(2, psutil.cpu_count() or 2), extra_environment=environment)
+
+
+def _deploy(cluster: local.LocalCluster, directory: Path, model: tuple[str, str] | None) -> None:
+    """Deploy serve_config.yaml with this model and name on the cluster's port, or nothing at all."""
+    config = yaml.safe_load(Path("serve_config.yaml").read_text(encoding="utf-8"))
+    config["http_options"]["port"] = cluster.serve_port
+    application = config.pop("applications")[0]
+    config["applications"] = []
+    if model:
+        reference, name = model
+        _say(f"serve deploy: {name} at {cluster.serve_url}/v1")
+        application["args"] |= {"model": reference, "model_name": name}
+        config["applications"] = [application | {"name": name}]
+    config_file = directory / "serve_config.yaml"
+    config_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    local.deploy(cluster, config_file, DEPLOY_TIMEOUT_S)
+
+
+def _ask(cluster: local.LocalCluster) -> str:
+    """The student's answer to QUESTION. Raises UserError if it says nothing."""
+    with OpenAI(base_url=f"{cluster.serve_url}/v1", api_key="none-needed", timeout=120) as client:
+        response = client.chat.completions.create(
+            model=STUDENT, messages=[{"role": "user", "content": QUESTION}], max_tokens=120, temperature=0
+        )
+    answer = response.choices[0].message.content or ""
+    if not answer.strip():
+        raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
+    return answer.strip()
+
+
+def _summary(run: RunDirectory, cluster: local.LocalCluster, answer: str, took_s: float) -> str:
+    manifests: dict[str, dict[str, Any]] = {stage: run.read_json(f"{stage}/manifest.json") for stage in STAGES}
+    lines = ["", f"{'stage':<10} {'seconds':>8}  what it made"]
+    for stage, manifest in manifests.items():
+        counts = ", ".join(f"{name} {value}" for name, value in manifest["counts"].items() if name != "reasons")
+        lines.append(f"{stage:<10} {manifest['wall_time_s']:>8}  {counts}")
+        lines.append(f"{'':<10} {'':>8}  {run.path(stage)}")
+    lines += [
+        "",
+        f"asked:     {QUESTION}",
+        f"answered:  {answer}",
+        "",
+        f"The student is served at {cluster.serve_url}/v1 (model {STUDENT}); Ray's dashboard is {cluster.dashboard}.",
+        f"The demo took {took_s:.0f} s. `make down` ends it; the runs stay.",
+    ]
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(f"\n==> {datetime.datetime.now():%H:%M:%S} {text}", flush=True)

@@ -1,0 +1,1 @@
+"""The first stage: seed tasks and a teacher in, a dataset of new demonstrations out."""

@@ -1,0 +1,1 @@
+"""Paid requests to a language-model API, shared by generation and evaluation."""

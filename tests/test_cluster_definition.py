@@ -1,0 +1,67 @@
+"""cluster.yaml is valid to Ray, and every recipe finds in it the nodes that its stages ask for."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from alpaca_ray.config import Placement, load_config, recipe_names
+
+ROOT = Path(__file__).parents[1]
+GROUP = "alpaca-ray.io/group"
+
+
+@pytest.fixture
+def definition() -> dict[str, Any]:
+    parsed: dict[str, Any] = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    return parsed
+
+
+def groups(definition: dict[str, Any]) -> dict[str, Any]:
+    return {kind["labels"][GROUP]: kind for kind in definition["available_node_types"].values()}
+
+
+def test_ray_accepts_the_definition(definition: dict[str, Any]) -> None:
+    validate_config(prepare_config(copy.deepcopy(definition)))
+
+
+def test_ray_refuses_an_unknown_key(definition: dict[str, Any]) -> None:
+    definition["idle_timeout_minute"] = 5
+    with pytest.raises(Exception, match="idle_timeout_minute"):
+        validate_config(prepare_config(definition))
+
+
+def test_every_group_but_the_head_starts_at_zero(definition: dict[str, Any]) -> None:
+    assert set(groups(definition)) == {"head", "generate", "train", "serve"}
+    assert groups(definition)["head"]["resources"] == {"CPU": 0}
+    for name, kind in groups(definition).items():
+        if name != "head":
+            assert kind["min_workers"] == 0
+            assert kind["max_workers"] > 0
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_stage_of_every_recipe_fits_its_group(definition: dict[str, Any], recipe: str) -> None:
+    config = load_config(["--recipe", recipe])
+    for stage in (config.generate, config.train, config.evaluate):
+        placement: Placement = stage.placement
+        if not placement.label_selector:
+            continue
+        group = groups(definition)[placement.label_selector[GROUP]]
+        assert placement.num_cpus <= group["resources"]["CPU"]
+        assert placement.num_gpus <= group["resources"].get("GPU", 0)
+    if config.train.placement.label_selector:
+        gpus = groups(definition)["train"]["resources"]["GPU"] * groups(definition)["train"]["max_workers"]
+        assert config.train.num_workers * config.train.placement.num_gpus <= gpus
+
+
+def test_the_definition_opens_nothing_and_holds_no_secret(definition: dict[str, Any]) -> None:
+    head = " ".join(definition["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in head
+    for command in (*definition["head_start_ray_commands"], *definition["worker_start_ray_commands"]):
+        if "ray start" in command:
+            assert "RAY_AUTH_MODE=token" in command
+            assert "secretsmanager get-secret-value" in command
