@@ -4,6 +4,7 @@
 rename, says that a stage is done.
 """
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -53,6 +54,12 @@ class RunDirectory:
         """Whether a file or directory stands there."""
         return bool(self.fs.get_file_info(self.path(relative)).type != pa.fs.FileType.NotFound)
 
+    def files(self, relative: str, suffix: str) -> list[str]:
+        """The files in a directory whose names end so, sorted; none where there is no directory."""
+        selector = pa.fs.FileSelector(self.path(relative), allow_not_found=True)
+        names = (info.base_name for info in self.fs.get_file_info(selector) if info.type == pa.fs.FileType.File)
+        return [f"{relative}/{name}" for name in sorted(names) if name.endswith(suffix)]
+
     def read_bytes(self, relative: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
         with self.fs.open_input_stream(self.path(relative)) as stream:
@@ -62,13 +69,11 @@ class RunDirectory:
         """Write under a temporary name, then rename: a reader sees the whole file or none."""
         target = self.path(relative)
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
+        with _undone_on_failure(self.fs, temporary, target):
             self.fs.create_dir(target.rpartition("/")[0], recursive=True)
             with self.fs.open_output_stream(temporary) as stream:
                 stream.write(data)
             self.fs.move(temporary, target)
-        except OSError as error:
-            raise _explain_write(error, target) from error
 
     def read_json(self, relative: str) -> Any:
         """The parsed file. Raises FileNotFoundError."""
@@ -80,7 +85,7 @@ class RunDirectory:
 
     def read_table(self, relative: str) -> pa.Table:
         """A Parquet file, or a directory of them."""
-        return pq.read_table(self.path(relative), filesystem=self.fs)
+        return pq.read_table(self.path(relative), filesystem=self.fs, partitioning=None)
 
     def write_table(self, relative: str, table: pa.Table) -> None:
         """One Parquet file, whole or not at all."""
@@ -92,13 +97,11 @@ class RunDirectory:
         """Copy a local directory to `relative`, which is replaced as a whole."""
         target = self.path(relative)
         temporary = f"{target}.{uuid.uuid4().hex}.tmp"
-        try:
+        with _undone_on_failure(self.fs, temporary, target):
             self.fs.create_dir(temporary, recursive=True)
             pa.fs.copy_files(str(local), temporary, destination_filesystem=self.fs)
             self.delete(relative)
             self.fs.move(temporary, target)
-        except OSError as error:
-            raise _explain_write(error, target) from error
 
     def delete(self, relative: str) -> None:
         """Remove a directory with all it holds; nothing happens where there is none."""
@@ -117,6 +120,8 @@ def open_run(storage_path: str, name: str) -> RunDirectory:
             filesystem, root = pa.fs.FileSystem.from_uri(storage_path)
         except (pa.ArrowInvalid, OSError) as error:
             raise UserError(f"storage_path {storage_path} cannot be opened: {error}") from None
+        if not root and not isinstance(filesystem, pa.fs.LocalFileSystem):
+            raise UserError(f"storage_path {storage_path} cannot be opened: it names no bucket")
         location, mark, options = storage_path.partition("?")
         uri = f"{location.rstrip('/')}/{name}{mark}{options}"
         local_uri = isinstance(filesystem, pa.fs.LocalFileSystem)
@@ -217,7 +222,18 @@ def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, An
         yield prefix, old, new
 
 
-def _explain_write(error: OSError, target: str) -> OSError | UserError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left to write {target}: free some, or choose another --storage-path")
-    return error
+@contextlib.contextmanager
+def _undone_on_failure(fs: pa.fs.FileSystem, temporary: str, target: str) -> Iterator[None]:
+    """What a failed write has left at `temporary` goes away: on a full disk, each new try would take more of it."""
+    try:
+        yield
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            kind = fs.get_file_info(temporary).type
+            if kind == pa.fs.FileType.Directory:
+                fs.delete_dir(temporary)
+            elif kind == pa.fs.FileType.File:
+                fs.delete_file(temporary)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"no space left to write {target}: free some, or choose another --storage-path") from error
+        raise

@@ -14,7 +14,8 @@ from alpaca_ray.config import UserError
 
 def run_job(main: Callable[[], None]) -> NoReturn:
     """Run a job's main: log lines to stdout; a UserError ends it with its text, no traceback, and exit code 2."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(stream=sys.stdout, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("alpaca_ray").setLevel(logging.INFO)  # libraries: warnings only
     try:
         main()
     except UserError as error:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -86,6 +86,12 @@ class GenerateConfig(Strict):
     num_actors: Annotated[PositiveInt, OPERATIONAL] = 4
     concurrent_requests_per_actor: Annotated[PositiveInt, OPERATIONAL] = 16
     placement: Annotated[Placement, OPERATIONAL] = Placement()
+
+    @model_validator(mode="after")
+    def _asks_for_new_tasks(self) -> "GenerateConfig":
+        if self.num_tasks_per_prompt <= self.num_examples_per_prompt:
+            raise ValueError("num_tasks_per_prompt must be above num_examples_per_prompt: it counts the examples too")
+        return self
 
 
 class TrainConfig(Strict):
@@ -165,10 +171,11 @@ def load_config(argv: Sequence[str]) -> RunConfig:
         overrides = ["--help"]
     elif (chosen.recipe is None) == (chosen.config is None):
         raise ConfigError(f"give either --recipe NAME ({', '.join(recipe_names())}) or --config FILE")
-    where = f"recipe {chosen.recipe}" if chosen.recipe is not None else f"config file {chosen.config}"
+    source = f"recipe {chosen.recipe}" if chosen.recipe is not None else f"config file {chosen.config}"
     values = {} if overrides == ["--help"] else _read_values(chosen.recipe, chosen.config)
     _refuse_unknown_environment(os.environ)
-    return _merge(values, overrides, where)
+    changed = bool(overrides) or any(name.upper().startswith(ENV_PREFIX) for name in os.environ)
+    return _merge(values, overrides, f"{source}, environment and options" if changed else source)
 
 
 def _merge(values: dict[str, Any], overrides: list[str], where: str) -> RunConfig:
@@ -186,7 +193,9 @@ def _merge(values: dict[str, Any], overrides: list[str], where: str) -> RunConfi
                 cli_kebab_case=True,
                 cli_exit_on_error=False,
             )
-            environment = EnvSettingsSource(settings_cls, env_prefix=ENV_PREFIX, env_nested_delimiter="__")
+            environment = EnvSettingsSource(
+                settings_cls, env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_parse_none_str="null"
+            )
             return command_line, environment, InitSettingsSource(settings_cls, init_kwargs=values)
 
     try:
@@ -251,10 +260,14 @@ def _read_values(recipe: str | None, config_file: str | None) -> dict[str, Any]:
             raise ConfigError(f"config file {config_file} does not exist")
     try:
         values = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {source} is not UTF-8: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"config file {source} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config file {source} must hold a mapping of fields, not {type(values).__name__}")
+    if odd := [key for key in values if not isinstance(key, str)]:
+        raise ConfigError(f"config file {source}: {odd[0]!r}: no such field")
     return values
 
 
@@ -270,7 +283,7 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
     if item["type"] != "extra_forbidden":
-        given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
+        given = "" if item["type"] in ("missing", "value_error") else f" (given: {item['input']!r})"
         return f"{dotted}: {item['msg']}{given}"
     siblings = [n for n in field_names(model) if n.split(".")[:-1] == location[:-1]]
     return f"{dotted}: no such field{nearest(dotted, siblings)}"

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import socket
 import sys
@@ -52,7 +53,7 @@ def check_package(name: str, version: str | None) -> Finding:
     wanted = ".".join(map(str, MIN_PACKAGES[name]))
     if version is None:
         return Finding(name, "not installed", "install the project: pip install -r requirements.lock -e .")
-    too_old = tuple(int(part) for part in version.split("+")[0].split(".")[:2]) < MIN_PACKAGES[name]
+    too_old = tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < MIN_PACKAGES[name]
     problem = f"{wanted} or newer is needed: pip install -r requirements.lock" if too_old else None
     return Finding(name, version, problem)
 
@@ -73,7 +74,7 @@ def check_cache(
     existing = next(path for path in (directory, *directory.parents) if path.exists())
     free_gb = free_bytes(existing) / 1e9
     problem = None
-    if not os.access(existing, os.W_OK):
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
         problem = f"cannot be written: name another directory in {CACHE_ENV}"
     elif free_gb < MIN_DISK_GB:
         problem = f"the demo needs {MIN_DISK_GB} GB of disk: free some, or name another directory in {CACHE_ENV}"

@@ -124,11 +124,13 @@ def cached(
 
 
 def _load(auto_class: Any, reference: str, **kwargs: Any) -> Any:
+    from safetensors import SafetensorError
+
     resolved = resolve(reference)
     try:
         return auto_class.from_pretrained(resolved, **kwargs)
-    except OSError as error:
-        raise UserError(f"model {reference!r} cannot be loaded: {error}") from None
+    except (OSError, ValueError, SafetensorError) as error:  # ValueError: unknown architectures, torn tokenizers
+        raise UserError(f"model {reference!r} ({resolved}) cannot be loaded: {error}") from None
 
 
 def _fetch(uri: str, target: Path) -> None:

@@ -3,8 +3,12 @@
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from typing import TYPE_CHECKING
 
 from alpaca_ray.schema import Example, SeedTask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 NO_INPUT = "<noinput>"
 SEPARATOR = "###"
@@ -23,6 +27,23 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 def prompt_of(example: Example) -> str:
     """The Alpaca prompt of an example."""
     return alpaca_prompt(example.instruction, example.input)
+
+
+def answer_ids(prompt: str, prompt_ids: list[int], answer: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The answer's tokens as they follow `prompt_ids`, for training and for scoring alike.
+
+    Alpaca tokenised prompt and answer together and masked the prompt's own length. We do so while the prompt keeps
+    its tokens: a SentencePiece tokenizer would put a space before an answer that it sees alone. Where a merge spans
+    the border (":" and ")" to ":)"), that mask would eat the answer's beginning, and at inference the prompt ends in
+    tokens of its own; there the answer is tokenised alone.
+
+    `split_special_tokens`: an answer that quotes "</s>" must not teach the model to stop there.
+    """
+    together: list[int] = tokenizer(prompt + answer, split_special_tokens=True)["input_ids"]
+    if together[: len(prompt_ids)] == prompt_ids:
+        return together[len(prompt_ids) :]
+    alone: list[int] = tokenizer(answer, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return alone
 
 
 def alpaca_chat_template(adds_bos: bool) -> str:

@@ -151,7 +151,7 @@ def _read_tasks(kind: type[Task], path: Path) -> list[Task]:
     tasks: list[Task] = []
     seen: dict[str, int] = {}
     # split("\n"), not splitlines(): U+2028 and its like may stand inside a JSON string
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         task = _parse_task(kind, line, f"{path}, line {number}")
@@ -162,6 +162,13 @@ def _read_tasks(kind: type[Task], path: Path) -> list[Task]:
     if not tasks:
         raise UserError(f"{path} holds no tasks")
     return tasks
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8: {error}") from None
 
 
 def _parse_task(kind: type[Task], line: str, where: str) -> Task:

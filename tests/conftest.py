@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import write_tiny_model
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -34,6 +32,8 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny random Llama with its tokenizer."""
+    from tests.tiny import write_tiny_model  # torch: only for tests that need a model
+
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 

@@ -27,7 +27,7 @@ class Teacher(ThreadingHTTPServer):
         self.refusals: list[Refusal] = []
         self.always: Refusal | None = None
         self.lock = threading.Lock()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def base_url(self) -> str:

@@ -43,6 +43,8 @@ def _parse_item(item: str) -> Candidate | Reject:
         return Reject("mixed_headings", item)
     ends = [heading.start() for heading in headings[1:]] + [len(item)]
     values = [item[heading.end() : end].strip() for heading, end in zip(headings, ends, strict=True)]
+    if any(_HEADING.match(value) for value in values):
+        return Reject("mixed_headings", item)  # "4. Instruction: 4. Instruction: ..."
     fields = dict(zip(names, values, strict=True))
     if not fields["instruction"]:
         return Reject("no_instruction", item)

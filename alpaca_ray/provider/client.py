@@ -1,8 +1,11 @@
 """One request to an OpenAI-compatible completions API -> one Completion. A failure is a value, never an exception."""
 
+import json
 import os
 import time
+from typing import Any
 
+from httpx2 import InvalidURL
 from openai import (
     APIConnectionError,
     APIError,
@@ -25,7 +28,7 @@ from alpaca_ray.schema import Completion
 # Every further request would fail in the same way: the run stops.
 FATAL_ERRORS = frozenset({"authentication", "insufficient_quota", "model_not_found", "bad_request"})
 
-_ERROR_NAMES: tuple[tuple[type[OpenAIError], str], ...] = (
+_ERROR_NAMES: tuple[tuple[type[Exception], str], ...] = (
     (AuthenticationError, "authentication"),
     (PermissionDeniedError, "authentication"),
     (NotFoundError, "model_not_found"),
@@ -36,7 +39,12 @@ _ERROR_NAMES: tuple[tuple[type[OpenAIError], str], ...] = (
     (APIConnectionError, "connection"),
     (APIResponseValidationError, "bad_response"),
     (APIStatusError, "server_error"),
+    (InvalidURL, "connection"),
+    (UnicodeEncodeError, "authentication"),  # a key that is not ASCII fits in no header
 )
+
+# ValueError: a body that is no JSON, a key that fits in no header. InvalidURL: no kind of the SDK's own errors.
+FAILURES = (OpenAIError, ValueError, InvalidURL)
 
 
 class Client:
@@ -48,19 +56,17 @@ class Client:
 
     def __init__(self, config: TeacherConfig) -> None:
         self._config = config
-        key = os.environ.get(config.api_key_env)
-        # The SDK's retries obey Retry-After and back off with jitter.
-        self._sdk = key and AsyncOpenAI(
-            api_key=key, base_url=config.base_url, timeout=config.timeout_s, max_retries=config.max_retries
-        )
+        self._key = os.environ.get(config.api_key_env, "").strip()
+        self._sdk: AsyncOpenAI | None = None
 
     async def complete(self, prompt: str, seed: int, stop: str) -> Completion:
         """Ask once. `seed` makes the answer reproducible where the server honours it."""
-        if not self._sdk:
+        if not self._key:
             detail = f"{self._config.api_key_env} is not set on the node that sends the requests"
             return Completion(text=None, error="authentication", error_detail=detail)
         started_s = time.monotonic()
         try:
+            self._sdk = self._sdk or _sdk(self._config, self._key)
             response = await self._sdk.completions.create(
                 model=self._config.model,
                 prompt=prompt,
@@ -70,22 +76,39 @@ class Client:
                 seed=seed,
                 stop=[stop],
             )
-        except OpenAIError as error:
-            return Completion(
-                None, error_name(error), error_detail=str(error)[:500], latency_s=time.monotonic() - started_s
-            )
-        latency_s = time.monotonic() - started_s
-        if not response.choices or response.choices[0].text is None:
-            return Completion(None, "bad_response", error_detail="no choices in the response", latency_s=latency_s)
-        usage = response.usage
-        return Completion(
-            text=response.choices[0].text,
-            finish_reason=response.choices[0].finish_reason,
-            prompt_tokens=usage.prompt_tokens if usage else 0,
-            completion_tokens=usage.completion_tokens if usage else 0,
-            latency_s=latency_s,
-            response_id=response.id,
-        )
+        except FAILURES as error:
+            detail = _without(self._key, str(error))[:500]
+            return Completion(None, error_name(error), error_detail=detail, latency_s=time.monotonic() - started_s)
+        return _completion(response, self._key, time.monotonic() - started_s)
+
+
+def _sdk(config: TeacherConfig, key: str) -> AsyncOpenAI:
+    # The SDK's retries obey Retry-After and back off with jitter.
+    return AsyncOpenAI(api_key=key, base_url=config.base_url, timeout=config.timeout_s, max_retries=config.max_retries)
+
+
+def _completion(response: Any, key: str, latency_s: float) -> Completion:
+    """The SDK checks no types: a login page or another API's answer must not pass for a completion."""
+    choices = getattr(response, "choices", None)
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    text = getattr(choice, "text", None)
+    if not isinstance(text, str):
+        detail = f"the answer is no completion: {_without(key, str(response))[:200]}"
+        return Completion(None, "bad_response", error_detail=detail, latency_s=latency_s)
+    usage = getattr(response, "usage", None)
+    return Completion(
+        text=text,
+        finish_reason=getattr(choice, "finish_reason", None),
+        prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
+        completion_tokens=getattr(usage, "completion_tokens", None) or 0,
+        latency_s=latency_s,
+        response_id=getattr(response, "id", None),
+    )
+
+
+def _without(key: str, text: str) -> str:
+    """A server may quote the key it was sent; it goes into no artifact and no log."""
+    return text.replace(key, "(key)")
 
 
 async def check_access(config: TeacherConfig) -> None:
@@ -93,30 +116,36 @@ async def check_access(config: TeacherConfig) -> None:
 
     Raises UserError for a missing or refused key, an endpoint that cannot be reached, and an unknown model.
     """
-    key = os.environ.get(config.api_key_env)
+    key = os.environ.get(config.api_key_env, "").strip()
     if not key:
         raise UserError(
             f"{config.api_key_env} is not set: export the key of the teacher's API under that name "
             "(any value for a server without keys)"
         )
-    async with AsyncOpenAI(api_key=key, base_url=config.base_url, timeout=10, max_retries=1) as sdk:
-        where = str(sdk.base_url)
-        try:
-            names = [model.id async for model in sdk.models.list()]
-        except NotFoundError:
-            return  # a server without this route; the first request will tell
-        except APIConnectionError as error:  # time-outs are a kind of it
-            raise UserError(
-                f"the teacher's endpoint {where} cannot be reached: {error}. Check OPENAI_BASE_URL"
-            ) from None
-        except OpenAIError as error:
-            raise UserError(f"the teacher's endpoint {where} refused ({error_name(error)}): {error}") from None
+    where = config.base_url or os.environ.get("OPENAI_BASE_URL") or "of OpenAI"
+    try:
+        async with _sdk(config.model_copy(update={"timeout_s": 10, "max_retries": 1}), key) as sdk:
+            where = str(sdk.base_url) or where
+            page = await sdk.models.with_raw_response.list()
+            names = [str(model["id"]) for model in json.loads(page.http_response.content)["data"]]
+    except NotFoundError:
+        return  # a server without this route; the first request will tell
+    except APIConnectionError as error:  # time-outs are a kind of it
+        raise UserError(
+            f"the teacher's endpoint {where} cannot be reached ({error}): check OPENAI_BASE_URL and "
+            "generate.teacher.base_url"
+        ) from None
+    except OpenAIError as error:
+        message = _without(key, str(error))
+        raise UserError(f"the teacher's endpoint {where} refused ({error_name(error)}): {message}") from None
+    except (ValueError, TypeError, KeyError, InvalidURL) as error:
+        raise UserError(f"the teacher's endpoint {where} is no OpenAI-compatible API: {error}") from None
     if config.model not in names:
         some = ", ".join(sorted(names)[:10])
         raise UserError(f"generate.teacher.model: {where} has no model {config.model!r}; it has: {some}")
 
 
-def error_name(error: OpenAIError) -> str:
+def error_name(error: Exception) -> str:
     """The name under which a failure is counted. A spent quota comes as a 429 but does not pass by waiting."""
     if isinstance(error, APIError) and error.code == "insufficient_quota":
         return "insufficient_quota"

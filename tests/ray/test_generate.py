@@ -88,18 +88,20 @@ def test_a_stopped_run_goes_on_and_pays_only_for_what_is_missing(teacher: Teache
     assert resumed.manifest["outputs"] == undisturbed.manifest["outputs"]
 
 
-def test_a_completions_file_cut_off_by_a_crash_is_asked_again(teacher: Teacher, tmp_path: Path) -> None:
+def test_what_a_crash_left_half_written_is_no_answer(teacher: Teacher, tmp_path: Path) -> None:
     interrupted = stage(teacher, tmp_path, "--generate.max-requests", "8")
     with pytest.raises(UserError, match="max_requests"):
         dataset.generate(interrupted)
-    torn = sorted((tmp_path / "tiny_cpu/generate/completions/round=000").glob("*.parquet"))[0]
-    torn.write_bytes(torn.read_bytes()[:100])
+    # The state after a kill between write and rename: a part of the file under its temporary name.
+    whole = sorted((tmp_path / "tiny_cpu/generate/completions/round=000").glob("*.parquet"))[0]
+    whole.with_name(f"{whole.name}.0123.tmp").write_bytes(whole.read_bytes()[:100])
+    whole.unlink()
 
     resumed = stage(teacher, tmp_path)
     dataset.generate(resumed)
     assert len(rows(resumed.run, "dataset.parquet")) == KEPT
     seeds = [request["seed"] for request in teacher.requests]
-    assert len(seeds) - len(set(seeds)) == 2  # the two requests of the torn block
+    assert len(seeds) - len(set(seeds)) == 2  # the two requests of that block
 
 
 def test_a_few_failures_are_recorded_and_the_run_goes_on(teacher: Teacher, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""The third stage: what training changed, in losses and in answers."""

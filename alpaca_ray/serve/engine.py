@@ -1,0 +1,85 @@
+"""The token-level seam of the server: token ids in, token ids out. Text is the business of `text.py`."""
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(RuntimeError):
+    """The engine failed on a request that was right; the same request may succeed later."""
+
+
+class ContextLengthError(ValueError):
+    """Prompt and completion together would be longer than the engine's context."""
+
+    def __init__(self, num_prompt_tokens: int, max_tokens: int | None, max_length: int) -> None:
+        super().__init__(num_prompt_tokens, max_tokens, max_length)  # so that it pickles
+        self.num_prompt_tokens, self.max_tokens, self.max_length = num_prompt_tokens, max_tokens, max_length
+
+    def __str__(self) -> str:
+        completion = "at least 1" if self.max_tokens is None else str(self.max_tokens)
+        return (
+            f"This model's maximum context length is {self.max_length} tokens, but the prompt has "
+            f"{self.num_prompt_tokens} and {completion} were asked for. Shorten the prompt or lower max_tokens"
+        )
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen. `temperature` 0 is greedy; `seed` None takes a new one from the system."""
+
+    max_tokens: int | None = None  # None: as many as the context has room for
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenRequest:
+    """A prompt, never empty. `stop_token_ids` end a completion beside the model's own end-of-sequence tokens."""
+
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    stop_token_ids: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Delta:
+    """The next tokens, without the one that stopped it. `finish_reason` stands in the last delta and only there."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the engine has in hand right now."""
+
+    num_running: int
+    num_waiting: int
+
+
+class Engine(Protocol):
+    """What turns tokens into tokens: PyTorch here, vLLM elsewhere, a few lines in a test."""
+
+    def generate(self, request: TokenRequest) -> AsyncGenerator[Delta, None]:
+        """Deltas as they come; closing the generator, or cancelling its task, drops the request from the batch.
+
+        Raises ContextLengthError before the first delta, EngineError at any point.
+        """
+        ...
+
+    async def health(self) -> Health:
+        """Raises EngineError if no request can succeed any more."""
+        ...
+
+
+def room_for_completion(request: TokenRequest, max_length: int) -> int:
+    """How many tokens the request may generate, 1 at least. Raises ContextLengthError."""
+    num_prompt_tokens, max_tokens = len(request.prompt_token_ids), request.sampling.max_tokens
+    room = max_length - num_prompt_tokens
+    if room < (1 if max_tokens is None else max_tokens):
+        raise ContextLengthError(num_prompt_tokens, max_tokens, max_length)
+    return room if max_tokens is None else max_tokens

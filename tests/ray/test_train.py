@@ -1,0 +1,261 @@
+"""The train stage on two real workers: what it writes, that it agrees with plain torch, and that it survives."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray.train
+import torch
+import torch.distributed as dist
+from ray.train.torch import TorchConfig, TorchTrainer
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alpaca_ray.artifacts import RunDirectory, Stage, begin_stage, open_run, table_hash
+from alpaca_ray.config import RunConfig, UserError, load_config
+from alpaca_ray.models import load_tokenizer
+from alpaca_ray.schema import DATASET_SCHEMA, EXAMPLE_SCHEMA, Example
+from alpaca_ray.train import checkpoint, export, loop, metrics, model, trainer
+from alpaca_ray.train.encoding import Encoded, encode
+from alpaca_ray.train.loop import StepMetrics
+from tests.plain import fine_tune
+
+ROOT = Path(__file__).parents[2]
+NUM_EXAMPLES = 14  # 2 held out, 1 too long: 11 in batches of 4, 4 and 3, so one rank gets a share of 1
+
+
+@pytest.fixture(autouse=True)
+def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train looks after its workers every 2 s; a test of seconds has no such patience."""
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+
+
+def dataset() -> list[dict[str, Any]]:
+    rows = [
+        {"id": f"{i:03d}", "instruction": f"Say {i}", "input": "", "output": "word " * (1 + i % 4)} for i in range(13)
+    ]
+    return [*rows, {"id": "013", "instruction": "Say much", "input": "", "output": "word " * 500}]
+
+
+def arguments(storage: Path, tiny_model: Path, **overrides: object) -> list[str]:
+    values = {
+        "base_model": tiny_model,
+        "heldout_fraction": 0.15,
+        "max_length": 256,
+        "num_epochs": 2,
+        "global_batch_size": 4,
+        "micro_batch_size": 1,
+        "learning_rate": 1e-2,
+        "warmup_ratio": 0.0,
+        "compute_dtype": "float32",
+        "checkpoint_every_steps": 2,
+        "max_failures": 1,
+        "num_workers": 2,
+        **overrides,
+    }
+    options = [f"--train.{name.replace('_', '-')}={value}" for name, value in values.items()]
+    return ["--recipe=tiny_cpu", "--name=r", f"--storage-path={storage}", "--train.placement.num-cpus=1", *options]
+
+
+def finish_generate(run: RunDirectory, config: RunConfig, rows: list[dict[str, Any]]) -> None:
+    table = pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)
+    run.write_table("generate/dataset.parquet", table)
+    begin_stage(run, config, "generate", {}).finish({}, {"dataset.parquet": table_hash(table)})
+
+
+def begin(storage: Path, tiny_model: Path, rows: list[dict[str, Any]] | None = None, **overrides: object) -> Stage:
+    """A run whose dataset is done, and whose train stage was begun or is gone on with."""
+    config = load_config(arguments(storage, tiny_model, **overrides))
+    run = open_run(config.storage_path, config.name)
+    if not run.exists("generate/manifest.json"):
+        finish_generate(run, config, dataset() if rows is None else rows)
+    return begin_stage(run, config, "train", trainer.inputs(run))
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Stage:
+    """A run that nothing interrupted."""
+    stage = begin(tmp_path_factory.mktemp("done"), tiny_model)
+    trainer.train(stage)
+    return stage
+
+
+def encoded(run: RunDirectory) -> list[Encoded]:
+    return [Encoded(**row) for row in run.read_table("train/encoded.parquet").to_pylist()]
+
+
+def test_two_workers_learn_what_one_plain_process_learns(done: Stage, tiny_model: Path) -> None:
+    """A wrong scale of loss or gradients would show: AdamW hides it, the norm and the clipping do not."""
+    seen = metrics.read(done.run)
+    expected = fine_tune(tiny_model, encoded(done.run), done.config.train)
+
+    assert [row.loss for row in seen] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert [row.grad_norm for row in seen] == pytest.approx([norm for _, norm in expected], rel=1e-4)
+    assert seen[-1].loss < seen[0].loss
+
+
+def test_every_example_is_accounted_for(done: Stage, tiny_model: Path) -> None:
+    run, tokenizer = done.run, load_tokenizer(str(tiny_model))
+    heldout, rejects = run.read_table("train/heldout.parquet"), run.read_table("train/rejects.parquet").to_pylist()
+    rows = encoded(run)
+
+    assert heldout.schema.equals(EXAMPLE_SCHEMA)
+    assert [(r["id"], r["reason"]) for r in rejects] == [("013", "too_long")]
+    assert sorted([*heldout["id"].to_pylist(), "013", *(row.id for row in rows)]) == [d["id"] for d in dataset()]
+    assert rows == sorted(rows, key=lambda row: row.id)
+    by_id = {d["id"]: Example(**d) for d in dataset()}
+    assert all(row == encode(by_id[row.id], tokenizer, "alpaca", 256) for row in rows)
+
+
+def test_the_manifest_and_the_checkpoints_say_what_was_done(done: Stage) -> None:
+    manifest = done.run.read_json("train/manifest.json")
+    rows = metrics.read(done.run)
+    checkpoints = Path(done.run.path("train/checkpoints"))
+
+    assert [row.step for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert manifest["counts"] == {
+        "examples": 11,
+        "heldout": 2,
+        "rejected": 1,
+        "steps": 6,
+        "first_loss": round(rows[0].loss, 4),
+        "last_loss": round(rows[-1].loss, 4),
+        "target_tokens": 2 * sum(row.num_targets for row in encoded(done.run)),
+        "tokens_per_s": manifest["counts"]["tokens_per_s"],
+    }
+    assert manifest["outputs"] == {"model": export.directory_hash(Path(done.run.path("train/model")))}
+    assert sorted(p.name for p in checkpoints.iterdir() if p.is_dir()) == ["step=000004", "step=000006"]
+
+
+def test_the_job_finds_the_stage_done(done: Stage, tiny_model: Path) -> None:
+    options = arguments(Path(done.config.storage_path), tiny_model)
+    again = subprocess.run(
+        [sys.executable, "jobs/train.py", *options], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0, again.stderr
+    assert "train is done" in again.stdout
+
+
+class KillOnce:
+    """Kills rank 1 with SIGKILL after a step, the first time that it comes to it."""
+
+    def __init__(self, directory: Path, *steps: int) -> None:
+        self._directory = directory
+        self._steps = steps
+
+    def __call__(self, row: StepMetrics) -> None:
+        mark = self._directory / f"killed-{row.step}"
+        if dist.get_rank() == 1 and row.step in self._steps and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_interrupted_run_equals_the_uninterrupted_one(done: Stage, tiny_model: Path, tmp_path: Path) -> None:
+    """A worker dies and is replaced; another dies, which ends the job; the job is started again with one worker."""
+    stage = begin(tmp_path, tiny_model)
+    with pytest.raises(ray.train.TrainingFailedError) as failed:
+        trainer.train(stage, on_step=KillOnce(tmp_path, 3, 5))
+    assert "goes on from there" in failed.value.__notes__[0]
+    assert sorted(p.name for p in tmp_path.glob("killed-*")) == ["killed-3", "killed-5"]
+    assert not stage.run.exists("train/manifest.json")
+
+    again = begin(tmp_path, tiny_model, num_workers=1)
+    assert again.manifest is None
+    trainer.train(again)
+
+    ours, whole = metrics.read(again.run), metrics.read(done.run)
+    assert [row.step for row in ours] == [1, 2, 3, 4, 5, 6]
+    assert [row.loss for row in ours] == pytest.approx([row.loss for row in whole], rel=1e-5)
+    assert [row.grad_norm for row in ours] == pytest.approx([row.grad_norm for row in whole], rel=1e-4)
+    models = [AutoModelForCausalLM.from_pretrained(stage.run.path("train/model")) for stage in (again, done)]
+    for ours_p, whole_p in zip(*(m.parameters() for m in models), strict=True):
+        torch.testing.assert_close(ours_p, whole_p, rtol=1e-3, atol=1e-4)
+
+
+def train_and_save(loop_config: dict[str, Any]) -> None:
+    """A worker of the test below: three steps, then logits, an exported model and a checkpoint of two ranks."""
+    config, rows, target = loop_config["config"], loop_config["rows"], Path(loop_config["target"])
+    state = model.build(config, model.make_mesh("cpu", 2))
+    loop.train(state, rows, config, lambda _: None, lambda: checkpoint.save(state, target / f"rank{dist.get_rank()}"))
+    weights = export.gather(state.model)
+    with torch.no_grad():
+        logits = state.model(torch.tensor([rows[0].input_ids])).logits
+    if dist.get_rank() == 0:
+        export.write(weights, state.model.config, load_tokenizer(config.base_model), "float32", target / "model")
+        torch.save(logits, target / "logits.pt")
+    else:
+        assert not weights
+
+
+def test_what_two_ranks_save_loads_in_one_process(done: Stage, tiny_model: Path, tmp_path: Path) -> None:
+    rows = encoded(done.run)
+    config = done.config.train.model_copy(update={"num_epochs": 1, "checkpoint_every_steps": 100})
+    TorchTrainer(
+        train_and_save,
+        train_loop_config={"config": config, "rows": rows, "target": str(tmp_path)},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ray.train.ScalingConfig(num_workers=2),
+        run_config=ray.train.RunConfig(storage_path=str(tmp_path / "ray")),
+    ).fit()
+
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        logits = plain(torch.tensor([rows[0].input_ids])).logits
+    assert torch.equal(logits, torch.load(tmp_path / "logits.pt"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template
+
+    for part in (tmp_path / "rank1").iterdir():  # what Ray does with the parts
+        part.rename(tmp_path / "rank0" / part.name)
+    dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
+    try:
+        state = model.build(config, model.make_mesh("cpu", 1))
+        checkpoint.load(state, tmp_path / "rank0")
+        assert state.step == 3
+        for ours, theirs in zip(state.model.parameters(), plain.parameters(), strict=True):
+            assert isinstance(ours, DTensor)
+            assert torch.equal(ours.full_tensor(), theirs)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_cluster_without_room_is_an_error_in_time(tiny_model: Path, tmp_path: Path) -> None:
+    stage = begin(tmp_path, tiny_model, num_workers=64)
+    with pytest.raises(UserError, match=r"no room for 64 workers .* within 1 s"):
+        trainer.train(stage, start_timeout_s=1.0)
+
+
+def test_a_dataset_of_rejects_is_refused_and_kept(tiny_model: Path, tmp_path: Path) -> None:
+    stage = begin(tmp_path, tiny_model, max_length=100)
+    with pytest.raises(UserError, match=r"no example is left to train on; rejected: \{'too_long': 12\}"):
+        trainer.train(stage)
+    assert len(stage.run.read_table("train/rejects.parquet")) == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [({"max_length": 4096}, "takes 1024 tokens at most"), ({"base_model": "/no/such/model"}, "is no model")],
+)
+def test_what_cannot_work_is_refused_before_any_work(
+    tiny_model: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    stage = begin(tmp_path, tiny_model, **overrides)
+    with pytest.raises(UserError, match=message):
+        trainer.train(stage)
+    assert not stage.run.exists("train")
+
+
+def test_training_needs_a_finished_dataset(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="generate"):
+        trainer.inputs(open_run(str(tmp_path), "r"))
+
+
+def test_a_diverging_run_ends_at_once_with_its_examples(tiny_model: Path, tmp_path: Path) -> None:
+    stage = begin(tmp_path, tiny_model, learning_rate=1e30, num_workers=1)
+    with pytest.raises(UserError, match=r"step 2: loss .*, gradient norm nan; examples \d+"):
+        trainer.train(stage)
+    assert [row.step for row in metrics.read(stage.run)] == [1]

@@ -1,0 +1,173 @@
+"""Prompt formats are wire formats: checked byte for byte, against text written here."""
+
+import copy
+import hashlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from alpaca_ray.generate.parse import Candidate, parse_completion
+from alpaca_ray.prompts import (
+    alpaca_chat_template,
+    alpaca_prompt,
+    first_number,
+    generation_prompt,
+    prompt_of,
+    stop_sequence,
+)
+from alpaca_ray.schema import Example, Instance, Reject, SeedTask, read_seed_tasks
+
+WITH_INPUT = (
+    b"Below is an instruction that describes a task, paired with an input that provides further context. "
+    b"Write a response that appropriately completes the request.\n\n"
+    b"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+WITHOUT_INPUT = (
+    b"Below is an instruction that describes a task. "
+    b"Write a response that appropriately completes the request.\n\n"
+    b"### Instruction:\n{instruction}\n\n### Response:"
+)
+PREAMBLE = WITHOUT_INPUT.decode().partition("###")[0]
+
+brace_text = st.text(st.sampled_from("{}%#ab \n'\"")) | st.text(max_size=20)
+
+
+def fill(template: bytes, instruction: str, input: str) -> bytes:
+    """By cutting, not by formatting: what is filled in is never looked at again."""
+    before, after = template.split(b"{instruction}")
+    middle, found, end = after.partition(b"{input}")
+    return before + instruction.encode() + middle + (input.encode() + end if found else b"")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "template", "sha256"),
+    [
+        (
+            alpaca_prompt("{instruction}", "{input}"),
+            WITH_INPUT,
+            "28811e9850d9511bab334d167a03a8a37614535fdb28d645492efac8e9951c0f",
+        ),
+        (
+            alpaca_prompt("{instruction}"),
+            WITHOUT_INPUT,
+            "35101bc36d10997c7d926d8f21f7d173aec6523f3a57d78821b944a89925cdca",
+        ),
+    ],
+)
+def test_the_template_is_alpacas_byte_for_byte(prompt: str, template: bytes, sha256: str) -> None:
+    assert prompt.encode() == template
+    assert hashlib.sha256(prompt.encode()).hexdigest() == sha256
+
+
+@settings(deadline=None, max_examples=100)
+@given(brace_text, brace_text)
+def test_instruction_and_input_are_filled_in_as_they_are(instruction: str, input: str) -> None:
+    template = WITH_INPUT if input else WITHOUT_INPUT
+    assert alpaca_prompt(instruction, input).encode() == fill(template, instruction, input)
+    assert prompt_of(Example("id", instruction, input, "out")) == alpaca_prompt(instruction, input)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model: Path) -> PreTrainedTokenizerFast:
+    loaded = AutoTokenizer.from_pretrained(tiny_model)
+    assert isinstance(loaded, PreTrainedTokenizerFast)
+    loaded.chat_template = alpaca_chat_template(adds_bos=False)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def llama_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """One that puts a beginning-of-sequence token before plain text, as Llama's does."""
+    other = copy.deepcopy(tokenizer)
+    other.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    other.chat_template = alpaca_chat_template(adds_bos=True)
+    return other
+
+
+def chat(tokenizer: PreTrainedTokenizerFast, *messages: tuple[str, str]) -> str:
+    conversation = [{"role": role, "content": content} for role, content in messages]
+    rendered = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    assert isinstance(rendered, str)
+    return rendered
+
+
+@settings(deadline=None, max_examples=50)
+@given(instruction=brace_text | st.sampled_from(["{{ bos_token }}", "{% raw %}", "{# x #}", "\n x \n"]))
+def test_one_user_message_becomes_alpacas_prompt(tokenizer: PreTrainedTokenizerFast, instruction: str) -> None:
+    assert chat(tokenizer, ("user", instruction)) == alpaca_prompt(instruction)
+
+
+def test_a_chat_has_the_same_tokens_as_the_plain_prompt(
+    tokenizer: PreTrainedTokenizerFast, llama_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    for each, first_token in ((tokenizer, None), (llama_tokenizer, "<s>")):
+        plain = each(alpaca_prompt("Name a {river}.")).input_ids
+        chatted = each(chat(each, ("user", "Name a {river}.")), add_special_tokens=False).input_ids
+        assert chatted == plain
+        assert (each.convert_ids_to_tokens(plain)[0] == "<s>") == (first_token == "<s>")
+
+
+def test_further_turns_repeat_the_headings_and_answers_end_with_eos(tokenizer: PreTrainedTokenizerFast) -> None:
+    rendered = chat(tokenizer, ("user", "One?"), ("assistant", "1."), ("user", "Two?"))
+    assert rendered == (
+        PREAMBLE + "### Instruction:\nOne?\n\n### Response:1.</s>\n\n### Instruction:\nTwo?\n\n### Response:"
+    )
+
+
+def test_a_system_message_opens_the_first_instruction_only(tokenizer: PreTrainedTokenizerFast) -> None:
+    turns = (("user", "One?"), ("assistant", "1."), ("user", "Two?"))
+    with_system = chat(tokenizer, ("system", "Be brief."), *turns)
+    assert with_system == chat(tokenizer, ("user", "Be brief.\n\nOne?"), *turns[1:])
+
+
+def test_the_bos_variant_differs_by_the_bos_alone(
+    tokenizer: PreTrainedTokenizerFast, llama_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    turns = (("system", "S"), ("user", "One?"), ("assistant", "1."), ("user", "Two?"))
+    assert chat(llama_tokenizer, *turns) == "<s>" + chat(tokenizer, *turns)
+
+
+SEEDS = read_seed_tasks(None)
+
+
+def test_a_generation_prompt_ends_within_the_first_new_task() -> None:
+    prompt = generation_prompt(SEEDS[:3], num_tasks=20)
+    assert prompt.endswith("\n###\n4. Instruction:")
+    assert prompt.count("\n###\n") == 4
+    assert "20 tasks" in prompt
+    assert first_number(3) == 4
+
+
+def test_the_examples_of_a_generation_prompt_are_parsed_back() -> None:
+    for first in range(0, 174, 3):
+        examples = SEEDS[first : first + 3]
+        after_first_heading = generation_prompt(examples, 20).split("\n1. Instruction:", 1)[1]
+        wanted = [
+            Candidate(" ".join(t.instruction.split()).rstrip(":"), t.instances[0].input, t.instances[0].output)
+            for t in examples
+        ]
+        parsed = parse_completion(after_first_heading, "stop", num_examples=0)
+        assert parsed == [*wanted, Reject("no_output", "4. Instruction:")]
+
+
+def test_an_instruction_takes_one_line_and_no_colon_at_its_end() -> None:
+    task = SeedTask(
+        id="a",
+        name="a",
+        instruction=" Sort\n these \t words: ",
+        instances=(Instance(input="b a", output="a b"),),
+        is_classification=False,
+    )
+    assert "\n1. Instruction: Sort these words\n1. Input:\nb a\n1. Output:\na b\n###\n2. I" in generation_prompt(
+        [task], 5
+    )
+
+
+def test_the_stop_sequence_is_the_heading_after_the_last_task_asked_for() -> None:
+    assert stop_sequence(20) == "\n21. Instruction:"
+    prompt = generation_prompt(SEEDS[:3], num_tasks=3)
+    assert prompt.endswith(stop_sequence(3))  # where the next one would begin
