@@ -2,6 +2,7 @@
 # make down    end what the demo left running
 # make test    all tests
 # make check   what pre-commit and CI check
+# make bench   ours and a peer on the same work
 # make lock    write requirements.lock anew from pyproject.toml
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ check: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files
 
 bench: $(INSTALLED)
-	@echo "no benchmarks yet: they come with the generation engine (see CHANGELOG.md)"
+	$(BIN)/python benchmarks/novelty.py
 
 # torch is held at the version that was measured, and without the suffix of its build: pip takes the CPU or the CUDA
 # build of it, whichever the machine's index gives.

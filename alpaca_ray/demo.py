@@ -21,7 +21,7 @@ from alpaca_ray.models import EMBEDDED, resolve
 
 RECIPE = "tiny_cpu"
 TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
-QUESTION = "Suggest three healthy snacks for a long train journey."
+QUESTION = "Explain what a rainbow is."
 DEPLOY_TIMEOUT_S = 300
 
 

@@ -26,7 +26,8 @@ from alpaca_ray.config import UserError
 from alpaca_ray.doctor import is_free
 
 START_TIMEOUT_S = 90
-STOP_TIMEOUT_S = 45  # Ray drains a node for up to 30 s
+STOP_TIMEOUT_S = 30
+DRAIN_TIMEOUT_S = 3  # Ray would wait 30 s for the work to move to another node; there is none
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,7 @@ def _environment(directory: Path) -> dict[str, str]:
     ours = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_TIMEOUT_S),
         # Entrypoints say `python`: the one of this environment.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

@@ -67,9 +67,9 @@ def ask(run: RunDirectory, requests: pa.Table, config: GenerateConfig, stop: str
     )
     answered = failed = 0
     # No prefetch: a summary would be held back until the next one is there.
-    for summary in summaries.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        answered += sum(summary["answered"].to_pylist())
-        failed += sum(summary["failed"].to_pylist())
+    for summary in summaries.iter_batches(batch_size=None, batch_format="numpy", prefetch_batches=0):
+        answered += int(np.sum(summary["answered"]))
+        failed += int(np.sum(summary["failed"]))
         log.info("%d of %d requests answered, %d failed", answered, len(requests), failed)
 
 

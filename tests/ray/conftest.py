@@ -1,5 +1,6 @@
 """One real local Ray cluster for the tests of this folder."""
 
+import logging
 import os
 from collections.abc import Iterator
 
@@ -12,6 +13,6 @@ def ray_cluster() -> Iterator[None]:
     import ray
 
     temp_dir = os.path.join(os.environ["ALPACA_RAY_TEST_HOME"], "t")
-    ray.init(num_cpus=4, include_dashboard=False, _temp_dir=temp_dir, logging_level="warning")
+    ray.init(num_cpus=4, include_dashboard=False, _temp_dir=temp_dir, logging_level=logging.WARNING)
     yield
     ray.shutdown()

@@ -238,7 +238,7 @@ def test_a_dataset_of_rejects_is_refused_and_kept(tiny_model: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"max_length": 4096}, "takes 1024 tokens at most"), ({"base_model": "/no/such/model"}, "is no model")],
+    [({"max_length": 4096}, "takes 2048 tokens at most"), ({"base_model": "/no/such/model"}, "is no model")],
 )
 def test_what_cannot_work_is_refused_before_any_work(
     tiny_model: Path, tmp_path: Path, overrides: dict[str, Any], message: str

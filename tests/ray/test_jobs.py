@@ -1,0 +1,103 @@
+"""Jobs as a team runs them: a head of its own, `ray job submit`, `serve deploy`."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from openai import OpenAI
+
+from alpaca_ray.artifacts import open_run
+from alpaca_ray.cluster import local
+from alpaca_ray.config import UserError
+from tests.teacher import Teacher
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.LocalCluster]:
+    started = local.start(tmp_path_factory.mktemp("head"), num_cpus=2, extra_environment={"OPENAI_API_KEY": "good-key"})
+    yield started
+    head = psutil.Process(started.pid)
+    family = [head, *head.children(recursive=True)]
+    local.stop(started)
+    assert not [process for process in family if process.is_running()]  # nothing of it is left on the machine
+
+
+def generate(storage: Path, teacher_url: str, model: str, *overrides: str) -> list[str]:
+    return [
+        "python", "jobs/generate.py", "--recipe", "tiny_cpu", "--storage-path", str(storage),
+        "--generate.teacher.base-url", teacher_url, "--generate.teacher.model", model,
+        "--generate.num-instructions", "12", "--generate.requests-per-round", "8", *overrides,
+    ]  # fmt: skip
+
+
+def test_a_submitted_job_makes_its_stage_and_the_second_one_does_nothing(
+    cluster: local.LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Teacher() as teacher:
+        entrypoint = generate(tmp_path, teacher.base_url, "scripted")
+        local.submit(cluster, "generate", entrypoint, ROOT)
+        asked = len(teacher.requests)
+        local.submit(cluster, "generate", entrypoint, ROOT)
+        teacher.shutdown()
+
+    assert open_run(str(tmp_path), "tiny_cpu").read_table("generate/dataset.parquet").num_rows == 12
+    assert len(teacher.requests) == asked
+    assert capfd.readouterr().out.count("generate is done") == 2
+
+
+def test_a_job_that_fails_is_told_from_one_that_succeeds(
+    cluster: local.LocalCluster, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match=r"job train-\w+ ended as FAILED"):
+        local.submit(cluster, "train", ["python", "jobs/train.py", "--recipe", "tiny_cpu"], ROOT)
+    # The job's own message: what it would write would lie in a copy that Ray deletes.
+    assert "storage_path 'runs' is relative" in capfd.readouterr().out
+
+
+def test_a_served_random_model_is_a_teacher_whose_every_answer_is_rejected(
+    cluster: local.LocalCluster, tmp_path: Path, tiny_model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
+    config["http_options"]["port"] = cluster.serve_port
+    config["applications"][0]["args"] |= {"model": str(tiny_model), "model_name": "tiny", "max_length": 2048}
+    (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
+    local.deploy(cluster, tmp_path / "serve.yaml", timeout_s=120)
+
+    base_url = f"{cluster.serve_url}/v1"
+    with OpenAI(base_url=base_url, api_key="none-needed") as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
+    # A byte is a token to it: the prompt must leave room in its 2,048.
+    entrypoint = generate(
+        tmp_path, base_url, "tiny", "--generate.max-requests", "2", "--generate.teacher.max-tokens", "8",
+        "--generate.num-examples-per-prompt", "1", "--generate.seed-tasks", str(short_seeds(tmp_path)),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="ended as FAILED"):
+        local.submit(cluster, "generate", entrypoint, ROOT)
+
+    assert "kept 0 of 12 instructions after 2 requests" in capfd.readouterr().out
+    completions = open_run(str(tmp_path), "tiny_cpu").read_table("generate/completions/round=000").to_pylist()
+    assert [row["error"] for row in completions] == [None, None]
+    assert all(row["completion_tokens"] > 0 for row in completions)
+
+
+def short_seeds(directory: Path) -> Path:
+    path = directory / "seeds.jsonl"
+    path.write_text(
+        '{"id": "a", "name": "a", "instruction": "Say yes.", "instances": [{"input": "", "output": "Yes."}], '
+        '"is_classification": false}\n'
+    )
+    return path
+
+
+def test_the_head_lets_nobody_in_without_the_token(cluster: local.LocalCluster) -> None:
+    import urllib.error
+    import urllib.request
+
+    with pytest.raises(urllib.error.HTTPError, match="401"):
+        urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/", timeout=30)
+    assert os.stat(Path(cluster.directory) / "token").st_mode & 0o077 == 0
