@@ -48,6 +48,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was done is kept, the same command goes on from there", file=sys.stderr, flush=True)
+        return 130
 
 
 def _doctor(_: argparse.Namespace) -> int:

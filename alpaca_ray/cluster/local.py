@@ -114,7 +114,12 @@ def submit(cluster: LocalCluster, name: str, entrypoint: Sequence[str], working_
         _script("ray"), "job", "submit", "--address", cluster.dashboard, "--submission-id", submission_id,
         "--log-style", "record", "--log-color", "false", "--working-dir", str(working_dir), "--", *entrypoint,
     ]  # fmt: skip
-    subprocess.run(command, env=cluster.environment(), check=False)
+    try:
+        subprocess.run(command, env=cluster.environment(), check=False)
+    except KeyboardInterrupt:  # else the job would go on, and a second one beside it
+        stop_job = [_script("ray"), "job", "stop", "--address", cluster.dashboard, submission_id]
+        subprocess.run(stop_job, env=cluster.environment(), check=False, capture_output=True)
+        raise
     # The exit code does not tell: it is 0 for a job that was stopped.
     status = _ask_dashboard(cluster, f"/api/jobs/{submission_id}")["status"]
     if status != "SUCCEEDED":
