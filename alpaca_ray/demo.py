@@ -20,10 +20,8 @@ from alpaca_ray.config import STAGES, UserError, load_config
 from alpaca_ray.models import EMBEDDED, resolve
 
 RECIPE = "tiny_cpu"
-STUDENT = "alpaca-smollm2-135m"
+TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
 QUESTION = "Explain what a rainbow is."
-# A round of the recipe (24 requests of two actors) as one batch: two batches would take nearly twice as long.
-TEACHER_ARGS = {"model": EMBEDDED, "model_name": "smollm2-135m", "max_batch_size": 24, "batch_wait_s": 3.0}
 DEPLOY_TIMEOUT_S = 300
 
 
@@ -43,13 +41,13 @@ def up(directory: Path) -> int:
         overrides = ["--storage-path", storage_path]
         if not run.exists(f"{stage}/manifest.json"):
             # Two cores: nothing is served while models are trained and compared.
-            _deploy(cluster, directory, TEACHER_ARGS if stage == "generate" else None)
+            _deploy(cluster, directory, (EMBEDDED, TEACHER) if stage == "generate" else None)
         if stage == "generate":
             overrides += ["--generate.teacher.base-url", f"{cluster.serve_url}/v1"]
         _say(f"{stage}: ray job submit -- python jobs/{stage}.py --recipe {RECIPE}")
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())
-    _deploy(cluster, directory, {"model": run.path("train/model"), "model_name": STUDENT})
+    _deploy(cluster, directory, (run.path("train/model"), STUDENT))
     answer = _ask(cluster)
     print(_summary(run, cluster, answer, time.monotonic() - started_s), flush=True)
     return 0
@@ -77,16 +75,17 @@ def _cluster(directory: Path) -> local.LocalCluster:
     return local.start(directory, num_cpus=max(2, psutil.cpu_count() or 2), extra_environment=environment)
 
 
-def _deploy(cluster: local.LocalCluster, directory: Path, args: dict[str, Any] | None) -> None:
-    """Deploy serve_config.yaml on the cluster's port, with these args over its own; None: deploy nothing at all."""
+def _deploy(cluster: local.LocalCluster, directory: Path, model: tuple[str, str] | None) -> None:
+    """Deploy serve_config.yaml with this model and name on the cluster's port, or nothing at all."""
     config = yaml.safe_load(Path("serve_config.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = cluster.serve_port
     application = config.pop("applications")[0]
     config["applications"] = []
-    if args:
-        _say(f"serve deploy: {args['model_name']} at {cluster.serve_url}/v1")
-        merged = application["args"] | args
-        config["applications"] = [application | {"name": args["model_name"], "args": merged}]
+    if model:
+        reference, name = model
+        _say(f"serve deploy: {name} at {cluster.serve_url}/v1")
+        application["args"] |= {"model": reference, "model_name": name}
+        config["applications"] = [application | {"name": name}]
     config_file = directory / "serve_config.yaml"
     config_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     local.deploy(cluster, config_file, DEPLOY_TIMEOUT_S)
