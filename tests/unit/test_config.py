@@ -11,15 +11,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from alpaca_ray.config import (
-    ConfigError,
-    RunConfig,
-    config_hash,
-    field_names,
-    load_config,
-    recipe_names,
-    result_fields,
-)
+from alpaca_ray.config import ConfigError, RunConfig, config_hash, field_names, load_config, recipe_names, result_fields
 
 TINY = ("--recipe", "tiny_cpu")
 MINIMAL = "name: mine\ngenerate: {num_instructions: 3}\ntrain: {base_model: some/model}\n"
