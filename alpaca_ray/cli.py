@@ -5,11 +5,13 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from alpaca_ray import __version__
-from alpaca_ray.artifacts import Stage
 from alpaca_ray.config import UserError
+
+if TYPE_CHECKING:
+    from alpaca_ray.artifacts import Stage  # pyarrow: not for `--help`
 
 
 def run_job(main: Callable[[], None]) -> NoReturn:
@@ -24,7 +26,7 @@ def run_job(main: Callable[[], None]) -> NoReturn:
     sys.exit(0)
 
 
-def announce(stage: Stage) -> None:
+def announce(stage: "Stage") -> None:
     """Say what a finished stage made, and where."""
     assert stage.manifest is not None
     counts = ", ".join(f"{name} {value}" for name, value in stage.manifest["counts"].items())
