@@ -81,9 +81,20 @@ def generate(stage: Stage) -> None:
     seeds = _seeds(config)
     novelty = NoveltyFilter((seed.instruction for seed in seeds), config.novelty_threshold)
     harvest = Harvest(novelty, config)
+    try:
+        completions = _fill(stage, harvest, seeds)
+    except UserError:
+        _write_rejects(stage, harvest)  # they say why a run did not get there
+        raise
+    _write_rejects(stage, harvest)
+    _write(stage, harvest, completions)
+
+
+def _fill(stage: Stage, harvest: Harvest, seeds: Sequence[SeedTask]) -> list[dict[str, Any]]:
+    """Rounds until enough are kept; returns all completions in order."""
     completions: list[dict[str, Any]] = []
     number = 0
-    while len(harvest.kept) < config.num_instructions:
+    while len(harvest.kept) < harvest.config.num_instructions:
         requests = _plan_round(stage, number, harvest, completions, seeds)
         answered = _answer_round(stage, number, requests)
         for row in answered:
@@ -92,7 +103,7 @@ def generate(stage: Stage) -> None:
         completions += answered
         _log_round(number, answered, harvest)
         number += 1
-    _write(stage, harvest, completions)
+    return completions
 
 
 def _seeds(config: GenerateConfig) -> list[SeedTask]:
@@ -118,7 +129,7 @@ def _plan_round(
         raise UserError(
             f"kept {len(harvest.kept)} of {config.num_instructions} instructions after {first} requests, which is "
             f"generate.max_requests; rejected: {_reasons(harvest.rejects)}. Raise generate.max_requests to go on, or "
-            f"look at the answers in {stage.run.path(stage.path('completions'))}"
+            f"look at them in {stage.run.path(stage.path('rejects.parquet'))}"
         )
     rows = [plan_request(config.seed, k, seeds, config) for k in range(first, first + size)]
     requests = pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)
@@ -168,11 +179,14 @@ def _log_round(number: int, answered: list[dict[str, Any]], harvest: Harvest) ->
     )
 
 
+def _write_rejects(stage: Stage, harvest: Harvest) -> None:
+    stage.run.write_table(stage.path("rejects.parquet"), pa.Table.from_pylist(harvest.rejects, schema=REJECT_SCHEMA))
+
+
 def _write(stage: Stage, harvest: Harvest, completions: list[dict[str, Any]]) -> None:
     run = stage.run
     dataset = pa.Table.from_pylist(harvest.kept, schema=DATASET_SCHEMA)
     run.write_table(stage.path("dataset.parquet"), dataset)
-    run.write_table(stage.path("rejects.parquet"), pa.Table.from_pylist(harvest.rejects, schema=REJECT_SCHEMA))
     alpaca_data = dataset.select(["instruction", "input", "output"]).to_pylist()
     run.write_json(stage.path("alpaca_data.json"), alpaca_data)
     counts = {

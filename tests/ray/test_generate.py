@@ -75,6 +75,7 @@ def test_a_stopped_run_goes_on_and_pays_only_for_what_is_missing(teacher: Teache
     with pytest.raises(UserError, match=r"kept \d+ of 20 instructions after 8 requests.*max_requests"):
         dataset.generate(interrupted)
     assert len(teacher.requests) == 8
+    assert {row["reason"] for row in rows(interrupted.run, "rejects.parquet")} >= {"duplicate", "no_output"}
 
     resumed = stage(teacher, tmp_path)
     dataset.generate(resumed)
