@@ -57,8 +57,15 @@ class Placement(Strict):
     label_selector: dict[str, str] = {}
 
 
+class Price(Strict):
+    """What a model costs, in US dollars per million tokens."""
+
+    input_usd_per_million: Annotated[float, Field(ge=0)]
+    output_usd_per_million: Annotated[float, Field(ge=0)]
+
+
 class TeacherConfig(Strict):
-    """The model that writes the demonstrations, behind an OpenAI-compatible completions API."""
+    """The model that writes the demonstrations, behind an OpenAI-compatible API."""
 
     model: str = "gpt-3.5-turbo-instruct"
     base_url: Annotated[str | None, OPERATIONAL] = None  # None: OPENAI_BASE_URL, else OpenAI's own
@@ -67,7 +74,25 @@ class TeacherConfig(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     timeout_s: Annotated[PositiveFloat, OPERATIONAL] = 120.0
-    max_retries: Annotated[int, Field(ge=0), OPERATIONAL] = 4
+    max_attempts: Annotated[PositiveInt, OPERATIONAL] = 6  # per request, those refused for the rate not counted
+    max_wait_s: Annotated[PositiveFloat, OPERATIONAL] = 900.0  # how long a run waits without a single answer
+    verify_model: Annotated[bool, OPERATIONAL] = True  # an answer by another model than the one asked for stops the run
+    price: Annotated[Price | None, OPERATIONAL] = None  # None: the price table of the package
+
+
+class LimitsConfig(Strict):
+    """What the teacher's API allows, over the whole cluster. None: what its headers say, else found by trying."""
+
+    requests_per_minute: PositiveInt | None = None
+    tokens_per_minute: PositiveInt | None = None
+    window_s: PositiveFloat = 60.0  # of the server's sliding window; another value is for tests
+
+
+class BudgetConfig(Strict):
+    """Where a run stops, over all its tries. None: no stop."""
+
+    max_usd: Annotated[float | None, Field(ge=0)] = None
+    max_tokens: Annotated[int | None, Field(ge=0)] = None  # prompts and completions together
 
 
 class GenerateConfig(Strict):
@@ -78,11 +103,18 @@ class GenerateConfig(Strict):
     seed_tasks: Annotated[str | None, OPERATIONAL] = None  # a path; None: the 175 tasks of the package
     num_examples_per_prompt: PositiveInt = 3
     num_tasks_per_prompt: PositiveInt = 20  # numbered up to this, the examples included
+    prompt_style: Literal["alpaca", "chat", "json"] = "alpaca"  # completions API; chat API; chat API with a JSON schema
     novelty_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    evaluation_tasks: Annotated[str | None, OPERATIONAL] = None  # what no row may repeat; None: the 60 of the package
+    skip_filters: list[str] = []  # names from generate/filters.py
+    similarity: bool = True  # the 10 nearest of each row and its mean, as Alpaca's metadata has them
     max_requests: Annotated[PositiveInt, OPERATIONAL] = 10_000
     requests_per_round: PositiveInt = 512
     max_failed_share: Annotated[float, Field(ge=0, le=1), OPERATIONAL] = 0.2
     teacher: TeacherConfig = TeacherConfig()
+    limits: Annotated[LimitsConfig, OPERATIONAL] = LimitsConfig()
+    budget: Annotated[BudgetConfig, OPERATIONAL] = BudgetConfig()
+    mode: Annotated[Literal["online", "batch"], OPERATIONAL] = "online"  # batch: OpenAI's Batch API, half the price
     num_actors: Annotated[PositiveInt, OPERATIONAL] = 4
     concurrent_requests_per_actor: Annotated[PositiveInt, OPERATIONAL] = 16
     placement: Annotated[Placement, OPERATIONAL] = Placement()

@@ -54,7 +54,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Completion:
-    """What one request gave: `text`, or `error`, never both. `error_detail` is the provider's own message."""
+    """What one request gave: `text`, or `error`, never both. `error_detail` is the provider's own message.
+
+    `model` and `fingerprint` are what the server says it answered with. `usd` is what the request has cost, at most.
+    """
 
     text: str | None
     error: str | None = None
@@ -64,6 +67,10 @@ class Completion:
     completion_tokens: int = 0
     latency_s: float = 0.0
     response_id: str | None = None
+    model: str | None = None
+    fingerprint: str | None = None
+    finished_at: float = 0.0  # Unix time, s
+    usd: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -74,11 +81,19 @@ class Reject:
     text: str
 
 
-REQUEST_SCHEMA = pa.schema([("request", pa.int64()), ("prompt", pa.string()), ("seed", pa.int64())])
+REQUEST_SCHEMA = pa.schema(
+    [
+        ("request", pa.int64()),
+        ("prompt", pa.string()),
+        ("seed", pa.int64()),
+        ("seed_tasks", pa.list_(pa.string())),  # ids of the in-context examples
+    ]
+)
 
 COMPLETION_SCHEMA = pa.schema(
     [
         ("request", pa.int64()),
+        ("key", pa.string()),  # the hash of the canonical request, as in the journal
         ("text", pa.string()),
         ("error", pa.string()),
         ("error_detail", pa.string()),
@@ -87,6 +102,10 @@ COMPLETION_SCHEMA = pa.schema(
         ("completion_tokens", pa.int64()),
         ("latency_s", pa.float64()),
         ("response_id", pa.string()),
+        ("model", pa.string()),
+        ("fingerprint", pa.string()),
+        ("finished_at", pa.float64()),
+        ("usd", pa.float64()),
     ]
 )
 
@@ -98,8 +117,12 @@ DATASET_SCHEMA = pa.schema(
         ("output", pa.string()),
         ("request", pa.int64()),
         ("position", pa.int64()),
-        ("rouge_l", pa.float64()),  # to the nearest of the seeds and everything kept before
-        ("nearest", pa.string()),
+        ("model", pa.string()),
+        ("prompt_version", pa.string()),
+        ("seed_tasks", pa.list_(pa.string())),
+        # Among the seeds and everything kept before; null where generate.similarity is off.
+        ("most_similar", pa.list_(pa.struct([("instruction", pa.string()), ("rouge_l", pa.float64())]))),
+        ("mean_rouge_l", pa.float64()),
     ]
 )
 
@@ -109,7 +132,7 @@ REJECT_SCHEMA = pa.schema(
         ("position", pa.int64()),
         ("reason", pa.string()),
         ("text", pa.string()),
-        ("rouge_l", pa.float64()),
+        ("rouge_l", pa.float64()),  # of a duplicate, to the nearest of the seeds and everything kept before
         ("nearest", pa.string()),
     ]
 )

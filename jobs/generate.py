@@ -1,17 +1,24 @@
-"""Generate the instruction dataset: `python jobs/generate.py --recipe tiny_cpu --storage-path runs`."""
+"""Generate the instruction dataset: `python jobs/generate.py --recipe tiny_cpu --storage-path runs`.
+
+With `--dry-run`: ask a few requests, and print what the whole would ask for, cost and take.
+"""
 
 import sys
 
-from alpaca_ray.artifacts import begin_stage, open_run
+from alpaca_ray.artifacts import Stage, begin_stage, open_run
 from alpaca_ray.cli import announce, run_job
 from alpaca_ray.config import load_config
 from alpaca_ray.generate import dataset
 
 
 def main() -> None:
-    """Exits 0 only when the stage is done."""
-    config = load_config(sys.argv[1:])
+    """Exits 0 only when the stage is done, or its cost estimated."""
+    options = [option for option in sys.argv[1:] if option != "--dry-run"]
+    config = load_config(options)
     run = open_run(config.storage_path, config.name)
+    if len(options) < len(sys.argv[1:]):
+        print(dataset.dry_run(Stage("generate", config, run, dataset.inputs(config.generate))), flush=True)
+        return
     stage = begin_stage(run, config, "generate", dataset.inputs(config.generate))
     if stage.manifest is None:
         dataset.generate(stage)

@@ -1,109 +1,316 @@
 """[RAY DATA] Rounds of plan -> completions -> candidates, until enough are kept; then the dataset."""
 
 import asyncio
+import hashlib
 import logging
+import random
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+from ray.util.metrics import Gauge
+from rich.console import Console
 
 from alpaca_ray.artifacts import Stage, table_hash
-from alpaca_ray.config import GenerateConfig, UserError
-from alpaca_ray.generate.filters import reject_reason
-from alpaca_ray.generate.novelty import NoveltyFilter
-from alpaca_ray.generate.parse import Candidate, parse_completion
-from alpaca_ray.generate.plan import plan_request, round_size
-from alpaca_ray.prompts import stop_sequence
-from alpaca_ray.provider.client import FATAL_ERRORS, check_access
-from alpaca_ray.provider.pool import answers, ask
+from alpaca_ray.config import GenerateConfig, UserError, config_hash
+from alpaca_ray.generate.croissant import croissant
+from alpaca_ray.generate.datasheet import datasheet
+from alpaca_ray.generate.filters import check_filter_names
+from alpaca_ray.generate.harvest import Harvest
+from alpaca_ray.generate.plan import plan_request, request_form, round_size
+from alpaca_ray.generate.progress import Figures, Progress
+from alpaca_ray.generate.record import FileInfo, Record
+from alpaca_ray.generate.report import render_report
+from alpaca_ray.generate.similarity import similarity_report
+from alpaca_ray.provider.budget import Estimate, PilotRow, estimate, price_of
+from alpaca_ray.provider.client import check_access
+from alpaca_ray.provider.gate import GateState
+from alpaca_ray.provider.journal import Journal
+from alpaca_ray.provider.pool import ask, base_url_of, start_gate
+from alpaca_ray.provider.request import request_key
+from alpaca_ray.provider.sender import NOT_ASKED
 from alpaca_ray.schema import (
+    COMPLETION_SCHEMA,
     DATASET_SCHEMA,
     REJECT_SCHEMA,
     REQUEST_SCHEMA,
-    Reject,
     SeedTask,
     content_hash,
+    read_evaluation_tasks,
     read_seed_tasks,
 )
 
+STATE_TIMEOUT_S = 2.0
+PILOT_REQUESTS = 8
+
 log = logging.getLogger("alpaca_ray")
 
-
-@dataclass
-class Harvest:
-    """What the completions so far gave, in (request, position) order."""
-
-    novelty: NoveltyFilter
-    config: GenerateConfig
-    kept: list[dict[str, Any]] = field(default_factory=list)
-    rejects: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, completion: dict[str, Any]) -> None:
-        """Judge every task of one completion (a row of COMPLETION_SCHEMA with a text)."""
-        parsed = parse_completion(completion["text"], completion["finish_reason"], self.config.num_examples_per_prompt)
-        for position, item in enumerate(parsed):
-            self._judge(item, {"request": completion["request"], "position": position})
-
-    def _judge(self, item: Candidate | Reject, where: dict[str, int]) -> None:
-        if isinstance(item, Reject):
-            self.rejects.append({**where, **asdict(item)})
-        elif len(self.kept) == self.config.num_instructions:
-            self.rejects.append({**where, "reason": "surplus", "text": _text(item)})
-        elif reason := reject_reason(item):
-            self.rejects.append({**where, "reason": reason, "text": _text(item)})
-        else:
-            self._offer(item, where)
-
-    def _offer(self, item: Candidate, where: dict[str, int]) -> None:
-        novelty = self.novelty.offer(item.instruction)
-        similar = {"rouge_l": novelty.rouge_l, "nearest": novelty.nearest}
-        if novelty.kept:
-            row_id = f"{where['request']:06d}-{where['position']:02d}"
-            self.kept.append({"id": row_id, **asdict(item), **where, **similar})
-        else:
-            self.rejects.append({**where, "reason": "duplicate", "text": _text(item), **similar})
+Rows = list[dict[str, Any]]
 
 
 def inputs(config: GenerateConfig) -> dict[str, str]:
-    """What the stage starts from. Raises UserError for a seed file that cannot be used."""
-    return {"seed_tasks": content_hash(read_seed_tasks(config.seed_tasks))}
+    """What the stage starts from. Raises UserError for a file that cannot be used and for an unknown filter."""
+    check_filter_names(config.skip_filters)
+    return {
+        "seed_tasks": content_hash(read_seed_tasks(config.seed_tasks)),
+        "evaluation_tasks": content_hash(read_evaluation_tasks(config.evaluation_tasks)),
+    }
 
 
 def generate(stage: Stage) -> None:
-    """Ask until `num_instructions` are kept, then write the dataset and the manifest.
+    """Ask until `num_instructions` are kept, then write the dataset, its papers and the manifest.
 
-    Raises UserError when the teacher refuses, when too many requests fail, and when `max_requests` did not suffice.
-    What was answered until then stays: the next try pays only for what is missing.
+    Raises UserError when the teacher refuses, when too many requests fail, when the budget is spent, and when
+    `max_requests` did not suffice. What was answered until then stays: the next try pays only for what is missing.
     """
-    config = stage.config.generate
-    seeds = _seeds(config)
-    novelty = NoveltyFilter((seed.instruction for seed in seeds), config.novelty_threshold)
-    harvest = Harvest(novelty, config)
+    run = _Generation(stage)
     try:
-        completions = _fill(stage, harvest, seeds)
-    except UserError:
-        _write_rejects(stage, harvest)  # they say why a run did not get there
-        raise
-    _write_rejects(stage, harvest)
-    _write(stage, harvest, completions)
+        run.fill()
+    finally:
+        run.write_rejects()  # they say why a run did not get there
+    run.write()
 
 
-def _fill(stage: Stage, harvest: Harvest, seeds: Sequence[SeedTask]) -> list[dict[str, Any]]:
-    """Rounds until enough are kept; returns all completions in order."""
-    completions: list[dict[str, Any]] = []
-    number = 0
-    while len(harvest.kept) < harvest.config.num_instructions:
-        requests = _plan_round(stage, number, harvest, completions, seeds)
-        answered = _answer_round(stage, number, requests)
-        for row in answered:
-            if row["text"] is not None:
-                harvest.add(row)
-        completions += answered
-        _log_round(number, answered, harvest)
-        number += 1
-    return completions
+def dry_run(stage: Stage) -> Estimate:
+    """What the stage will ask for, cost and take, judged by a pilot of its first requests.
+
+    The pilot is paid for and goes to the journal: the run itself finds it there. Nothing else is written. Raises
+    UserError like `generate`.
+    """
+    run, config = _Generation(stage), stage.config.generate
+    requests = [
+        plan_request(config.seed, k, run.seeds, config) for k in range(min(PILOT_REQUESTS, config.max_requests))
+    ]
+    answered = {row["request"]: row for rows in run.ask_round(0, requests) for row in rows}
+    run.refuse_failures(list(answered.values()))
+    pilot = []
+    for request in requests:
+        row, kept = answered[request["request"]], len(run.harvest.kept)
+        run.judge(request, row)
+        kept = len(run.harvest.kept) - kept
+        pilot.append(PilotRow(row["prompt_tokens"], row["completion_tokens"], row["latency_s"], kept))
+    return estimate(
+        pilot,
+        config.num_instructions,
+        price_of(config.teacher.model, config.teacher.price),
+        limits=config.limits,
+        concurrency=config.num_actors * config.concurrent_requests_per_actor,
+        rng=random.Random(config.seed),
+        batch=config.mode == "batch",
+    )
+
+
+class _Generation:
+    """One try at the stage."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage, self.run, self.config = stage, stage.run, stage.config.generate
+        self.seeds = _seeds(self.config)
+        self.harvest = Harvest.start(self.config, self.seeds, read_evaluation_tasks(self.config.evaluation_tasks))
+        self.completions: Rows = []  # of all rounds, each with its `round`
+        self.journal_place = (stage.run, stage.path("journal"))
+        self.journal = Journal(*self.journal_place)
+        self.gate = start_gate(self.config, *self.journal_place)
+        self.round_asked = self.round_answered = 0
+        self.gauges = {
+            name: Gauge(f"alpaca_ray_generate_{name}", f"Instructions {name}") for name in ("kept", "rejected")
+        }
+
+    def fill(self) -> None:
+        """Rounds until enough are kept."""
+        lost = len(self.journal.in_flight())
+        if lost:
+            log.info("an earlier try left %d requests in flight: they are paid for again at most", lost)
+        number = 0
+        while not self.harvest.full:
+            requests = self.plan_round(number)
+            self.answer_round(number, requests)
+            number += 1
+
+    def plan_round(self, number: int) -> Rows:
+        """The round's requests, written before anything is asked; an earlier try's plan stands."""
+        path = self.stage.path(f"plan/round={number:03d}.parquet")
+        if self.run.exists(path):
+            return self.run.read_table(path).to_pylist()  # type: ignore[no-any-return]
+        kept, first = len(self.harvest.kept), len(self.completions)
+        size = round_size(kept, first, first, self.config)
+        if size == 0:
+            raise UserError(
+                f"kept {kept} of {self.config.num_instructions} instructions after {first} requests, which is "
+                f"generate.max_requests; rejected: {_reasons(self.harvest)}. Raise generate.max_requests to go on, or "
+                f"look at them in {self.run.path(self.stage.path('rejects.parquet'))}"
+            )
+        rows = [plan_request(self.config.seed, k, self.seeds, self.config) for k in range(first, first + size)]
+        self.run.write_table(path, pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA))
+        return rows
+
+    def answer_round(self, number: int, requests: Rows) -> None:
+        """Answer and judge a round, each answer as soon as all before it are there."""
+        path = self.stage.path(f"completions/round={number:03d}/part-000.parquet")
+        done = self.run.exists(path)
+        arriving = iter([self.run.read_table(path).to_pylist()]) if done else self.ask_round(number, requests)
+        found: dict[int, dict[str, Any]] = {}
+        self.round_asked, self.round_answered, judged = len(requests), 0, 0
+        for rows in arriving:
+            found |= {row["request"]: row for row in rows}
+            self.round_answered = len(found)
+            while judged < len(requests) and requests[judged]["request"] in found:
+                self.judge(requests[judged], found[requests[judged]["request"]])
+                judged += 1
+        answered = [found[request["request"]] for request in requests]
+        if not done:
+            self.refuse_failures(answered)
+            self.run.write_table(path, pa.Table.from_pylist(answered, schema=COMPLETION_SCHEMA))
+        self.completions += [row | {"round": number} for row in answered]
+        self.log_round(number, answered)
+
+    def ask_round(self, number: int, requests: Rows) -> Iterator[Rows]:
+        """Rows of COMPLETION_SCHEMA: first what the journal has, then what is asked for now."""
+        form, base_url = request_form(self.config), base_url_of(self.config)
+        had: Rows = []
+        missing: Rows = []
+        for row in requests:
+            key = request_key(form.of(row["prompt"], row["seed"]), self.config.teacher, base_url)
+            completion = self.journal.answer(key)
+            if completion is None:
+                missing.append(row)
+            else:
+                had.append({"request": row["request"], "key": key, **vars(completion)})
+        yield had
+        if not missing:
+            return
+        asyncio.run(check_access(self.config.teacher))
+        told = f", {len(had)} are in the journal" if had else ""
+        log.info("round %d: asking %s for %d completions%s", number, self.config.teacher.model, len(missing), told)
+        table = pa.Table.from_pylist(missing, schema=REQUEST_SCHEMA)
+        with Progress(self.figures, Console(stderr=True)):
+            yield from ask(table, form, self.config, self.gate, self.journal_place)
+
+    def judge(self, request: dict[str, Any], completion: dict[str, Any]) -> None:
+        """Take what an answer holds; a failure holds nothing."""
+        if completion["text"] is not None:
+            self.harvest.add(request, completion)
+            self.gauges["kept"].set(len(self.harvest.kept))
+            self.gauges["rejected"].set(len(self.harvest.rejects))
+
+    def refuse_failures(self, rows: Rows) -> None:
+        """A stopped run and a round with too many failures end here; what was answered is in the journal."""
+        stopped = next((row["error_detail"] for row in rows if row["error"] == NOT_ASKED), None)
+        state = self.gate.state()
+        if stopped is not None or (state is not None and state.stopped is not None):
+            raise UserError(stopped or state.stopped)  # type: ignore[union-attr]
+        failed = [row for row in rows if row["text"] is None]
+        if len(failed) > self.config.max_failed_share * len(rows):
+            errors = dict(Counter(row["error"] for row in failed))
+            raise UserError(
+                f"{len(failed)} of {len(rows)} requests of a round failed: {errors}, last: {failed[-1]['error_detail']}. "
+                "generate.max_failed_share allows fewer; the answers are kept, and the same command asks again"
+            )
+
+    def figures(self) -> Figures:
+        """For the progress view; called from its thread."""
+        state = self.gate.state(STATE_TIMEOUT_S)
+        limiter = state.limiter if state else None
+        return Figures(
+            kept=len(self.harvest.kept),
+            wanted=self.config.num_instructions,
+            reasons=_reasons(self.harvest),
+            asked=self.round_asked,
+            answered=self.round_answered,
+            failed=state.failed if state else 0,
+            requests_per_minute=limiter.requests_in_window if limiter else 0,
+            tokens_per_minute=limiter.tokens_in_window if limiter else 0,
+            requests_limit=limiter.requests_limit if limiter else None,
+            tokens_limit=limiter.tokens_limit if limiter else None,
+            usd=state.usd if state else 0.0,
+            max_usd=self.config.budget.max_usd,
+            waits=_waits(state),
+        )
+
+    def log_round(self, number: int, answered: Rows) -> None:
+        """One line, for a terminal and for a log."""
+        failed = sum(row["text"] is None for row in answered)
+        log.info(
+            "round %d: %d answered, %d failed; kept %d of %d so far; rejected so far: %s",
+            number,
+            len(answered) - failed,
+            failed,
+            len(self.harvest.kept),
+            self.config.num_instructions,
+            _reasons(self.harvest) or "none",
+        )
+
+    def write_rejects(self) -> None:
+        """Every reject so far."""
+        table = pa.Table.from_pylist(self.harvest.rejects, schema=REJECT_SCHEMA)
+        self.run.write_table(self.stage.path("rejects.parquet"), table)
+
+    def write(self) -> None:
+        """The dataset, its papers, and the manifest, which says that all of it is there."""
+        run, stage = self.run, self.stage
+        dataset = pa.Table.from_pylist(self.similar_rows(), schema=DATASET_SCHEMA)
+        run.write_table(stage.path("dataset.parquet"), dataset)
+        run.write_json(stage.path("alpaca_data.json"), dataset.select(["instruction", "input", "output"]).to_pylist())
+        record = self.record(dataset)
+        run.write_bytes(stage.path("report.html"), render_report(record).encode())
+        run.write_bytes(stage.path("datasheet.md"), datasheet(record).encode())
+        run.write_json(stage.path("croissant.json"), croissant(record))
+        stage.finish(record.counts, {"dataset.parquet": table_hash(dataset)})
+
+    def similar_rows(self) -> Rows:
+        """The kept rows, with the metadata that Alpaca keeps of each where it is asked for."""
+        kept = self.harvest.kept
+        if not self.config.similarity:
+            return kept
+        report = similarity_report([row["instruction"] for row in kept], [seed.instruction for seed in self.seeds])
+        return [
+            row
+            | {
+                "most_similar": [{"instruction": text, "rouge_l": score} for text, score in similar.most_similar],
+                "mean_rouge_l": similar.mean_rouge_l,
+            }
+            for row, similar in zip(kept, report, strict=True)
+        ]
+
+    def record(self, dataset: pa.Table) -> Record:
+        """What the report and the papers are filled from."""
+        self.journal.refresh()
+        repaid = len(self.journal.in_flight())
+        spent = self.journal.spent
+        counts = {
+            "requests": len(self.completions),
+            "failed": sum(row["text"] is None for row in self.completions),
+            "kept": len(self.harvest.kept),
+            "rejected": len(self.harvest.rejects),
+            "prompt_tokens": sum(row["prompt_tokens"] for row in self.completions),
+            "completion_tokens": sum(row["completion_tokens"] for row in self.completions),
+            "usd": round(spent.usd, 6),
+            "repaid": repaid,
+            "reasons": _reasons(self.harvest),
+        }
+        schema = COMPLETION_SCHEMA.append(pa.field("round", pa.int64()))
+        return Record(
+            run_name=self.stage.config.name,
+            config=self.config,
+            config_hash=config_hash(self.config),
+            num_seed_tasks=len(self.seeds),
+            seed_tasks_hash=self.stage.inputs["seed_tasks"],
+            dataset=dataset,
+            rejects=pa.Table.from_pylist(self.harvest.rejects, schema=REJECT_SCHEMA),
+            completions=pa.Table.from_pylist(self.completions, schema=schema),
+            counts=counts,
+            repaid=repaid,
+            started_at=min((row["finished_at"] for row in self.completions), default=self.stage.started_s),
+            finished_at=time.time(),
+            files={name: self.file_info(name) for name in ("dataset.parquet", "alpaca_data.json", "rejects.parquet")},
+        )
+
+    def file_info(self, name: str) -> FileInfo:
+        """Size and hash of a file as it was written."""
+        data = self.run.read_bytes(self.stage.path(name))
+        return FileInfo(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _seeds(config: GenerateConfig) -> list[SeedTask]:
@@ -116,96 +323,15 @@ def _seeds(config: GenerateConfig) -> list[SeedTask]:
     return seeds
 
 
-def _plan_round(
-    stage: Stage, number: int, harvest: Harvest, completions: list[dict[str, Any]], seeds: Sequence[SeedTask]
-) -> pa.Table:
-    """The round's requests (REQUEST_SCHEMA), written before anything is asked; an earlier try's plan stands."""
-    config, path = stage.config.generate, stage.path(f"plan/round={number:03d}.parquet")
-    if stage.run.exists(path):
-        return stage.run.read_table(path)
-    first = len(completions)
-    size = round_size(len(harvest.kept), first, first, config)
-    if size == 0:
-        raise UserError(
-            f"kept {len(harvest.kept)} of {config.num_instructions} instructions after {first} requests, which is "
-            f"generate.max_requests; rejected: {_reasons(harvest.rejects)}. Raise generate.max_requests to go on, or "
-            f"look at them in {stage.run.path(stage.path('rejects.parquet'))}"
-        )
-    rows = [plan_request(config.seed, k, seeds, config) for k in range(first, first + size)]
-    requests = pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)
-    stage.run.write_table(path, requests)
-    return requests
+def _waits(state: GateState | None) -> str | None:
+    """Why nothing goes out just now, in words for a progress line."""
+    if state is None:
+        return "the limiter does not answer, it may be starting again"
+    if state.limiter.breaker != "closed":
+        return "outage: the teacher fails, one request at a time tries whether it is back"
+    return None
 
 
-def _answer_round(stage: Stage, number: int, requests: pa.Table) -> list[dict[str, Any]]:
-    """The answers (rows of COMPLETION_SCHEMA) to all requests of a round, in order; asks only for those not had."""
-    config, target = stage.config.generate, stage.path(f"completions/round={number:03d}")
-    found = answers(stage.run, target)
-    missing = [row for row in requests.to_pylist() if found.get(row["request"], {}).get("text") is None]
-    if missing:
-        asyncio.run(check_access(config.teacher))
-        log.info("round %d: asking %s for %d completions", number, config.teacher.model, len(missing))
-        stop = stop_sequence(config.num_tasks_per_prompt)
-        ask(stage.run, pa.Table.from_pylist(missing, schema=REQUEST_SCHEMA), config, stop, target)
-        found = answers(stage.run, target)
-    rows = [found[request] for request in requests["request"].to_pylist()]
-    _refuse_failures(rows, config)
-    return rows
-
-
-def _refuse_failures(rows: list[dict[str, Any]], config: GenerateConfig) -> None:
-    failed = [row for row in rows if row["text"] is None]
-    fatal = next((row for row in failed if row["error"] in FATAL_ERRORS), None)
-    if fatal:
-        raise UserError(f"the teacher refuses ({fatal['error']}): {fatal['error_detail']}")
-    if len(failed) > config.max_failed_share * len(rows):
-        errors = dict(Counter(row["error"] for row in failed))
-        raise UserError(
-            f"{len(failed)} of {len(rows)} requests of a round failed: {errors}, last: {failed[-1]['error_detail']}. "
-            "generate.max_failed_share allows fewer; the answers are kept, and the same command asks again"
-        )
-
-
-def _log_round(number: int, answered: list[dict[str, Any]], harvest: Harvest) -> None:
-    failed = sum(row["text"] is None for row in answered)
-    log.info(
-        "round %d: %d answered, %d failed; kept %d of %d so far; rejected so far: %s",
-        number,
-        len(answered) - failed,
-        failed,
-        len(harvest.kept),
-        harvest.config.num_instructions,
-        _reasons(harvest.rejects) or "none",
-    )
-
-
-def _write_rejects(stage: Stage, harvest: Harvest) -> None:
-    stage.run.write_table(stage.path("rejects.parquet"), pa.Table.from_pylist(harvest.rejects, schema=REJECT_SCHEMA))
-
-
-def _write(stage: Stage, harvest: Harvest, completions: list[dict[str, Any]]) -> None:
-    run = stage.run
-    dataset = pa.Table.from_pylist(harvest.kept, schema=DATASET_SCHEMA)
-    run.write_table(stage.path("dataset.parquet"), dataset)
-    alpaca_data = dataset.select(["instruction", "input", "output"]).to_pylist()
-    run.write_json(stage.path("alpaca_data.json"), alpaca_data)
-    counts = {
-        "requests": len(completions),
-        "failed": sum(row["text"] is None for row in completions),
-        "kept": len(harvest.kept),
-        "rejected": len(harvest.rejects),
-        "prompt_tokens": sum(row["prompt_tokens"] for row in completions),
-        "completion_tokens": sum(row["completion_tokens"] for row in completions),
-        "reasons": _reasons(harvest.rejects),
-    }
-    stage.finish(counts, {"dataset.parquet": table_hash(dataset)})
-
-
-def _reasons(rejects: list[dict[str, Any]]) -> dict[str, int]:
+def _reasons(harvest: Harvest) -> dict[str, int]:
     """How often each reason stands, the commonest first."""
-    return dict(Counter(reject["reason"] for reject in rejects).most_common())
-
-
-def _text(candidate: Candidate) -> str:
-    """A rejected candidate as one text."""
-    return f"Instruction: {candidate.instruction}\nInput: {candidate.input}\nOutput: {candidate.output}"
+    return dict(harvest.reasons.most_common())

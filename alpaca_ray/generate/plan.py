@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from alpaca_ray.config import GenerateConfig
-from alpaca_ray.prompts import generation_prompt
+from alpaca_ray.prompts import generation_prompt, response_format, stop_sequence
+from alpaca_ray.provider.request import Request
 from alpaca_ray.schema import SeedTask
 
 
@@ -18,8 +19,19 @@ def plan_request(run_seed: int, request: int, seed_tasks: Sequence[SeedTask], co
     """
     rng = random.Random(f"{run_seed}/{request}")
     examples = rng.sample(list(seed_tasks), config.num_examples_per_prompt)
-    prompt = generation_prompt(examples, config.num_tasks_per_prompt)
-    return {"request": request, "prompt": prompt, "seed": rng.getrandbits(31)}
+    prompt = generation_prompt(examples, config.num_tasks_per_prompt, config.prompt_style)
+    seed_ids = [task.id for task in examples]
+    return {"request": request, "prompt": prompt, "seed": rng.getrandbits(31), "seed_tasks": seed_ids}
+
+
+def request_form(config: GenerateConfig) -> Request:
+    """What all requests of a run have in common; prompt and seed are each one's own."""
+    if config.prompt_style == "alpaca":
+        return Request("", 0, stop=stop_sequence(config.num_tasks_per_prompt))
+    if config.prompt_style == "chat":
+        return Request("", 0, chat=True)
+    schema = response_format(config.num_tasks_per_prompt - config.num_examples_per_prompt)
+    return Request("", 0, chat=True, response_format=schema)
 
 
 def round_size(kept: int, answered: int, asked: int, config: GenerateConfig) -> int:

@@ -1,8 +1,12 @@
-"""One request to an OpenAI-compatible completions API -> one Completion. A failure is a value, never an exception."""
+"""One request to an OpenAI-compatible API -> one Completion. A failure is a value, never an exception."""
 
+import asyncio
 import json
 import os
+import re
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from httpx2 import InvalidURL
@@ -23,10 +27,15 @@ from openai import (
 )
 
 from alpaca_ray.config import TeacherConfig, UserError
+from alpaca_ray.provider.request import Request, body
 from alpaca_ray.schema import Completion
 
 # Every further request would fail in the same way: the run stops.
-FATAL_ERRORS = frozenset({"authentication", "insufficient_quota", "model_not_found", "bad_request"})
+FATAL_ERRORS = frozenset({"authentication", "insufficient_quota", "model_not_found", "bad_request", "wrong_model"})
+# The teacher's last word on this request: it is recorded and the run goes on. Asking again would give the same.
+FINAL_ERRORS = frozenset({"content_filter", "refusal"})
+# Nobody can tell whether the provider bills these: the budget takes them at the worst case.
+UNKNOWN_COST_ERRORS = frozenset({"timeout", "connection", "bad_response", "wrong_model"})
 
 _ERROR_NAMES: tuple[tuple[type[Exception], str], ...] = (
     (AuthenticationError, "authentication"),
@@ -36,6 +45,7 @@ _ERROR_NAMES: tuple[tuple[type[Exception], str], ...] = (
     (UnprocessableEntityError, "bad_request"),
     (RateLimitError, "rate_limit"),
     (APITimeoutError, "timeout"),
+    (TimeoutError, "timeout"),
     (APIConnectionError, "connection"),
     (APIResponseValidationError, "bad_response"),
     (APIStatusError, "server_error"),
@@ -44,66 +54,102 @@ _ERROR_NAMES: tuple[tuple[type[Exception], str], ...] = (
 )
 
 # ValueError: a body that is no JSON, a key that fits in no header. InvalidURL: no kind of the SDK's own errors.
-FAILURES = (OpenAIError, ValueError, InvalidURL)
+FAILURES = (OpenAIError, ValueError, InvalidURL, TimeoutError)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A Completion, and the headers it came with (names in lower case): they speak of the limits."""
+
+    completion: Completion
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Client:
-    """Sends prompts to the teacher.
+    """Sends requests to the teacher.
 
     The key is read here, on the node that sends, and goes nowhere else. A missing one makes every request fail with
     "authentication". `base_url` None means OPENAI_BASE_URL, or OpenAI's own.
     """
 
-    def __init__(self, config: TeacherConfig) -> None:
-        self._config = config
-        self._key = os.environ.get(config.api_key_env, "").strip()
+    def __init__(self, teacher: TeacherConfig) -> None:
+        self._teacher = teacher
+        self._key = os.environ.get(teacher.api_key_env, "").strip()
         self._sdk: AsyncOpenAI | None = None
 
-    async def complete(self, prompt: str, seed: int, stop: str) -> Completion:
-        """Ask once. `seed` makes the answer reproducible where the server honours it."""
-        if not self._key:
-            detail = f"{self._config.api_key_env} is not set on the node that sends the requests"
-            return Completion(text=None, error="authentication", error_detail=detail)
+    async def complete(self, request: Request) -> Reply:
+        """Ask once, `timeout_s` at most from the first byte to the last."""
         started_s = time.monotonic()
+        reply = await self._ask(request)
+        took = replace(reply.completion, latency_s=time.monotonic() - started_s, finished_at=time.time())
+        return Reply(took, reply.headers)
+
+    async def _ask(self, request: Request) -> Reply:
+        if not self._key:
+            detail = f"{self._teacher.api_key_env} is not set on the node that sends the requests"
+            return Reply(Completion(text=None, error="authentication", error_detail=detail))
         try:
-            self._sdk = self._sdk or _sdk(self._config, self._key)
-            response = await self._sdk.completions.create(
-                model=self._config.model,
-                prompt=prompt,
-                max_tokens=self._config.max_tokens,
-                temperature=self._config.temperature,
-                top_p=self._config.top_p,
-                seed=seed,
-                stop=[stop],
-            )
+            self._sdk = self._sdk or sdk(self._teacher, self._key)
+            api: Any = self._sdk.chat.completions if request.chat else self._sdk.completions
+            # The SDK's own time-out starts anew with every byte: a body that trickles would never end.
+            async with asyncio.timeout(self._teacher.timeout_s):
+                raw = await api.with_raw_response.create(**body(request, self._teacher))
+                response = raw.parse()
         except FAILURES as error:
             detail = _without(self._key, str(error))[:500]
-            return Completion(None, error_name(error), error_detail=detail, latency_s=time.monotonic() - started_s)
-        return _completion(response, self._key, time.monotonic() - started_s)
+            headers = error.response.headers if isinstance(error, APIStatusError) else {}
+            return Reply(Completion(None, error_name(error), error_detail=detail), _lower(headers))
+        return Reply(completion_of(response, self._teacher, self._key), _lower(raw.headers))
+
+    async def close(self) -> None:
+        """Close the connections. A closed client opens new ones when it is asked again."""
+        if self._sdk is not None:
+            await self._sdk.close()
+            self._sdk = None
 
 
-def _sdk(config: TeacherConfig, key: str) -> AsyncOpenAI:
-    # The SDK's retries obey Retry-After and back off with jitter.
-    return AsyncOpenAI(api_key=key, base_url=config.base_url, timeout=config.timeout_s, max_retries=config.max_retries)
+def sdk(teacher: TeacherConfig, key: str) -> AsyncOpenAI:
+    """OpenAI's client without its own retries, which would pass the rate limit by."""
+    return AsyncOpenAI(api_key=key, base_url=teacher.base_url, timeout=teacher.timeout_s, max_retries=0)
 
 
-def _completion(response: Any, key: str, latency_s: float) -> Completion:
+def completion_of(response: Any, teacher: TeacherConfig, key: str) -> Completion:
     """The SDK checks no types: a login page or another API's answer must not pass for a completion."""
     choices = getattr(response, "choices", None)
     choice = choices[0] if isinstance(choices, list) and choices else None
-    text = getattr(choice, "text", None)
-    if not isinstance(text, str):
-        detail = f"the answer is no completion: {_without(key, str(response))[:200]}"
-        return Completion(None, "bad_response", error_detail=detail, latency_s=latency_s)
     usage = getattr(response, "usage", None)
-    return Completion(
-        text=text,
+    said = Completion(
+        text=None,
         finish_reason=getattr(choice, "finish_reason", None),
         prompt_tokens=getattr(usage, "prompt_tokens", None) or 0,
         completion_tokens=getattr(usage, "completion_tokens", None) or 0,
-        latency_s=latency_s,
         response_id=getattr(response, "id", None),
+        model=getattr(response, "model", None),
+        fingerprint=getattr(response, "system_fingerprint", None),
     )
+    message = getattr(choice, "message", None)
+    text = getattr(choice, "text", None) if message is None else getattr(message, "content", None)
+    if said.finish_reason == "content_filter":
+        return replace(said, error="content_filter", error_detail="the provider's content filter held the answer back")
+    if refusal := getattr(message, "refusal", None):
+        return replace(said, error="refusal", error_detail=_without(key, str(refusal))[:500])
+    if not isinstance(text, str):
+        detail = f"the answer is no completion: {_without(key, str(response))[:200]}"
+        return replace(said, error="bad_response", error_detail=detail)
+    if teacher.verify_model and said.model is not None and not same_model(teacher.model, said.model):
+        detail = f"asked {teacher.model}, answered by {said.model}; generate.teacher.verify_model=false allows it"
+        return replace(said, error="wrong_model", error_detail=detail)
+    return replace(said, text=text)
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Whether the model that answered is the one asked for: itself, a dated version, or with its organisation."""
+    asked, answered = asked.split("/")[-1], answered.split("/")[-1]
+    return re.fullmatch(rf"{re.escape(asked)}(-\d[\d-]*)?", answered) is not None
+
+
+def _lower(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def _without(key: str, text: str) -> str:
@@ -124,9 +170,9 @@ async def check_access(config: TeacherConfig) -> None:
         )
     where = config.base_url or os.environ.get("OPENAI_BASE_URL") or "of OpenAI"
     try:
-        async with _sdk(config.model_copy(update={"timeout_s": 10, "max_retries": 1}), key) as sdk:
-            where = str(sdk.base_url) or where
-            page = await sdk.models.with_raw_response.list()
+        async with sdk(config.model_copy(update={"timeout_s": 10}), key) as client:
+            where = str(client.base_url) or where
+            page = await client.with_options(max_retries=2).models.with_raw_response.list()
             names = [str(model["id"]) for model in json.loads(page.http_response.content)["data"]]
     except NotFoundError:
         return  # a server without this route; the first request will tell
@@ -146,7 +192,13 @@ async def check_access(config: TeacherConfig) -> None:
 
 
 def error_name(error: Exception) -> str:
-    """The name under which a failure is counted. A spent quota comes as a 429 but does not pass by waiting."""
-    if isinstance(error, APIError) and error.code == "insufficient_quota":
-        return "insufficient_quota"
+    """The name under which a failure is counted.
+
+    A spent quota comes as a 429 but does not pass by waiting; a filtered prompt comes as a 400 but is no fault of ours.
+    """
+    code = error.code if isinstance(error, APIError) else None
+    if code == "insufficient_quota":
+        return code
+    if code in ("content_filter", "content_policy_violation"):
+        return "content_filter"
     return next((name for kind, name in _ERROR_NAMES if isinstance(error, kind)), "bad_response")

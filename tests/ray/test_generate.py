@@ -1,4 +1,4 @@
-"""The generation stage on a real Ray cluster, against a real HTTP server with a scripted teacher."""
+"""The generation stage on a real Ray cluster, against the referee: a strict provider as a process of its own."""
 
 import json
 from collections.abc import Iterator
@@ -10,28 +10,48 @@ import pytest
 from alpaca_ray.artifacts import RunDirectory, Stage, begin_stage, open_run
 from alpaca_ray.config import UserError, load_config
 from alpaca_ray.generate import dataset
-from tests.teacher import Teacher
+from tests.referee.process import RefereeProcess
 
 KEPT = 20
+PRICE = '{"input_usd_per_million": 1.5, "output_usd_per_million": 2.0}'  # the referee's
+
+
+@pytest.fixture(scope="module")
+def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RefereeProcess]:
+    ledger = tmp_path_factory.mktemp("referee") / "ledger.jsonl"
+    with RefereeProcess(ledger=str(ledger), answers={"num_tasks": [3, 4]}) as referee:
+        yield referee
 
 
 @pytest.fixture
-def teacher() -> Iterator[Teacher]:
-    with Teacher() as server:
-        yield server
-        server.shutdown()
+def referee(process: RefereeProcess) -> RefereeProcess:
+    process.configure(faults=[])
+    process.reset()
+    return process
 
 
-def stage(teacher: Teacher, storage: Path, *overrides: str) -> Stage:
+def stage(referee: RefereeProcess, storage: Path, *overrides: str) -> Stage:
     config = load_config(
         ["--recipe", "tiny_cpu", "--storage-path", str(storage), "--generate.num-instructions", str(KEPT),
          "--generate.requests-per-round", "8", "--generate.num-actors", "1",
-         "--generate.concurrent-requests-per-actor", "2",
-         "--generate.teacher.model", "scripted", "--generate.teacher.base-url", teacher.base_url,
-         "--generate.teacher.max-retries", "0", *overrides]
+         "--generate.concurrent-requests-per-actor", "2", "--generate.teacher.price", PRICE,
+         "--generate.teacher.model", "referee", "--generate.teacher.base-url", referee.base_url,
+         "--generate.teacher.max-attempts", "1", "--generate.teacher.timeout-s", "30", *overrides]
     )  # fmt: skip
     run = open_run(config.storage_path, config.name)
     return begin_stage(run, config, "generate", dataset.inputs(config.generate))
+
+
+def done(referee: RefereeProcess, storage: Path, *overrides: str) -> Stage:
+    finished = stage(referee, storage, *overrides)
+    dataset.generate(finished)
+    return finished
+
+
+def outputs(finished: Stage) -> dict[str, str]:
+    assert finished.manifest is not None
+    hashes: dict[str, str] = finished.manifest["outputs"]
+    return hashes
 
 
 def rows(run: RunDirectory, name: str) -> list[dict[str, Any]]:
@@ -39,100 +59,114 @@ def rows(run: RunDirectory, name: str) -> list[dict[str, Any]]:
     return result
 
 
-def test_a_run_keeps_what_is_asked_for_and_every_reject(teacher: Teacher, tmp_path: Path) -> None:
-    first = stage(teacher, tmp_path)
-    dataset.generate(first)
-
-    kept, rejects = rows(first.run, "dataset.parquet"), rows(first.run, "rejects.parquet")
+def test_a_run_keeps_what_is_asked_for_and_leaves_its_papers(referee: RefereeProcess, tmp_path: Path) -> None:
+    first = done(referee, tmp_path)
+    run = first.run
+    kept, rejects = rows(run, "dataset.parquet"), rows(run, "rejects.parquet")
     assert len(kept) == KEPT
     assert [(row["request"], row["position"]) for row in kept] == sorted((r["request"], r["position"]) for r in kept)
-    assert {row["reason"] for row in rejects} >= {"duplicate", "blocked_word", "no_output"}
-    assert all(row["text"] for row in rejects)
-    # Five tasks stand in every answer: each is in the dataset or among the rejects.
-    assert len(kept) + len(rejects) == 5 * len(teacher.requests)
-    alpaca_data = json.loads(first.run.read_bytes("generate/alpaca_data.json"))
+    assert all(row["model"] == "referee" and row["prompt_version"].startswith("alpaca-") for row in kept)
+    assert all(len(row["seed_tasks"]) == 3 and len(row["most_similar"]) == 10 for row in kept)
+    assert all(row["text"] and row["reason"] for row in rejects)
+    alpaca_data = json.loads(run.read_bytes("generate/alpaca_data.json"))
     assert alpaca_data == [{key: row[key] for key in ("instruction", "input", "output")} for row in kept]
+    assert run.read_bytes("generate/report.html").startswith(b"<!")
+    assert b"# " in run.read_bytes("generate/datasheet.md")
+    assert run.read_json("generate/croissant.json")["@type"]
+    assert first.manifest is not None
+    counts = first.manifest["counts"]
+    ledger = referee.ledger()
+    assert counts["usd"] == pytest.approx(sum(entry["usd"] for entry in ledger), abs=1e-6)
+    assert counts["prompt_tokens"] == sum(entry["prompt_tokens"] for entry in ledger)
+    assert counts["repaid"] == 0
 
-    asked = len(teacher.requests)
-    again = stage(teacher, tmp_path)
+    again = stage(referee, tmp_path)
     assert again.manifest is not None
     assert again.manifest["counts"]["kept"] == KEPT
-    assert len(teacher.requests) == asked
+    assert len(referee.ledger()) == len(ledger)
 
 
-def test_the_dataset_does_not_depend_on_the_number_of_actors(teacher: Teacher, tmp_path: Path) -> None:
-    one = stage(teacher, tmp_path / "one", "--generate.num-actors", "1")
-    three = stage(teacher, tmp_path / "three", "--generate.num-actors", "3")
-    dataset.generate(one)
-    dataset.generate(three)
-    assert one.manifest is not None
-    assert three.manifest is not None
-    assert one.manifest["outputs"] == three.manifest["outputs"]
+@pytest.mark.parametrize("style", ["chat", "json"])
+def test_chat_models_give_a_dataset_too(referee: RefereeProcess, tmp_path: Path, style: str) -> None:
+    finished = done(referee, tmp_path, "--generate.prompt-style", style)
+    kept = rows(finished.run, "dataset.parquet")
+    assert len(kept) == KEPT
+    assert {row["prompt_version"].split("-")[0] for row in kept} == {style}
+    assert {entry["route"] for entry in referee.ledger()} == {"/v1/chat/completions"}
 
 
-def test_a_stopped_run_goes_on_and_pays_only_for_what_is_missing(teacher: Teacher, tmp_path: Path) -> None:
-    interrupted = stage(teacher, tmp_path, "--generate.max-requests", "8")
-    with pytest.raises(UserError, match=r"kept \d+ of 20 instructions after 8 requests.*max_requests"):
-        dataset.generate(interrupted)
-    assert len(teacher.requests) == 8
-    assert {row["reason"] for row in rows(interrupted.run, "rejects.parquet")} >= {"duplicate", "no_output"}
-
-    resumed = stage(teacher, tmp_path)
-    dataset.generate(resumed)
-    seeds = [request["seed"] for request in teacher.requests]
-    assert len(seeds) == len(set(seeds))  # nothing was asked twice
-
-    undisturbed = stage(teacher, tmp_path / "undisturbed")
-    dataset.generate(undisturbed)
-    assert resumed.manifest is not None
-    assert undisturbed.manifest is not None
-    assert resumed.manifest["outputs"] == undisturbed.manifest["outputs"]
+def test_the_dataset_does_not_depend_on_the_number_of_actors(referee: RefereeProcess, tmp_path: Path) -> None:
+    one = done(referee, tmp_path / "one", "--generate.num-actors", "1")
+    two = done(referee, tmp_path / "two", "--generate.num-actors", "2")
+    assert outputs(one) == outputs(two)
 
 
-def test_what_a_crash_left_half_written_is_no_answer(teacher: Teacher, tmp_path: Path) -> None:
-    interrupted = stage(teacher, tmp_path, "--generate.max-requests", "8")
-    with pytest.raises(UserError, match="max_requests"):
-        dataset.generate(interrupted)
-    # The state after a kill between write and rename: a part of the file under its temporary name.
-    whole = sorted((tmp_path / "tiny_cpu/generate/completions/round=000").glob("*.parquet"))[0]
-    whole.with_name(f"{whole.name}.0123.tmp").write_bytes(whole.read_bytes()[:100])
-    whole.unlink()
-
-    resumed = stage(teacher, tmp_path)
-    dataset.generate(resumed)
-    assert len(rows(resumed.run, "dataset.parquet")) == KEPT
-    seeds = [request["seed"] for request in teacher.requests]
-    assert len(seeds) - len(set(seeds)) == 2  # the two requests of that block
+def test_a_stopped_run_goes_on_and_pays_only_for_what_is_missing(referee: RefereeProcess, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"kept \d+ of 20 instructions after 3 requests.*max_requests"):
+        done(referee, tmp_path, "--generate.max-requests", "3")
+    assert len(referee.ledger()) == 3
+    assert rows(open_run(str(tmp_path), "tiny_cpu"), "rejects.parquet") is not None
+    resumed = done(referee, tmp_path)
+    assert referee.summary()["duplicates"] == {}
+    # Rounds are planned from the yield so far, and what was planned stands: another plan, the same rows.
+    assert outputs(resumed) == outputs(done(referee, tmp_path / "undisturbed"))
 
 
-def test_a_few_failures_are_recorded_and_the_run_goes_on(teacher: Teacher, tmp_path: Path) -> None:
-    teacher.refusals = [(500, "server_error")]
-    done = stage(teacher, tmp_path)
-    dataset.generate(done)
-    assert done.manifest is not None
-    assert done.manifest["counts"]["failed"] == 1
-    assert done.manifest["counts"]["kept"] == KEPT
+def test_what_the_journal_has_is_not_paid_for_again(referee: RefereeProcess, tmp_path: Path) -> None:
+    """The state after a kill just before a round was written down: its answers are in the journal alone."""
+    first = done(referee, tmp_path)
+    asked = len(referee.ledger())
+    first.run.delete("generate/completions")
+    first.run.fs.delete_file(first.run.path("generate/manifest.json"))
+    again = done(referee, tmp_path)
+    assert outputs(again) == outputs(first)
+    assert len(referee.ledger()) == asked
+
+
+def test_a_spent_budget_stops_the_run_and_a_higher_one_goes_on(referee: RefereeProcess, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the budget is spent: generate.budget.max_usd=0.004"):
+        done(referee, tmp_path, "--generate.budget.max-usd", "0.004")
+    assert sum(entry["usd"] for entry in referee.ledger()) <= 0.004
+    finished = done(referee, tmp_path, "--generate.budget.max-usd", "1")
+    assert referee.summary()["duplicates"] == {}
+    assert outputs(finished) == outputs(done(referee, tmp_path / "undisturbed"))
+
+
+def test_a_dry_run_pays_for_a_pilot_that_the_run_then_has(referee: RefereeProcess, tmp_path: Path) -> None:
+    asked_for = stage(referee, tmp_path)
+    estimate = dataset.dry_run(asked_for)
+    assert len(referee.ledger()) == dataset.PILOT_REQUESTS
+    done(referee, tmp_path)
+    needed = len(referee.ledger())
+    assert estimate.requests.low <= needed <= estimate.requests.high + dataset.PILOT_REQUESTS
+    assert referee.summary()["duplicates"] == {}
+
+
+def test_a_few_failures_are_recorded_and_the_run_goes_on(referee: RefereeProcess, tmp_path: Path) -> None:
+    referee.configure(faults=[{"kind": "server_error", "first": 1}])
+    finished = done(referee, tmp_path)
+    assert finished.manifest is not None
+    assert finished.manifest["counts"]["failed"] == 1
+    assert finished.manifest["counts"]["kept"] == KEPT
 
 
 @pytest.mark.parametrize(
-    ("refusal", "message"),
+    ("fault", "message"),
     [
-        ((429, "insufficient_quota"), r"the teacher refuses \(insufficient_quota\).*scripted refusal"),
-        ((401, "invalid_api_key"), r"the teacher refuses \(authentication\)"),
-        ((500, "server_error"), r"8 of 8 requests of a round failed: \{'server_error': 8\}.*max_failed_share"),
+        ("insufficient_quota", r"the teacher refuses \(insufficient_quota\)"),
+        ("unauthorized", r"the teacher refuses \(authentication\)"),
+        ("server_error", r"max_failed_share"),
     ],
 )
 def test_a_teacher_that_refuses_stops_the_run(
-    teacher: Teacher, tmp_path: Path, refusal: tuple[int, str], message: str
+    referee: RefereeProcess, tmp_path: Path, fault: str, message: str
 ) -> None:
-    teacher.always = refusal
+    referee.configure(faults=[{"kind": fault, "every": 1}])
     with pytest.raises(UserError, match=message):
-        dataset.generate(stage(teacher, tmp_path))
-    assert len(teacher.requests) == 8  # one round, and no more
-
-    teacher.always = None
-    mended = stage(teacher, tmp_path)
-    dataset.generate(mended)
+        done(referee, tmp_path)
+    assert len(referee.ledger()) <= 8  # one round, and no more
+    referee.configure(faults=[])
+    mended = done(referee, tmp_path)
     assert mended.manifest is not None
     assert mended.manifest["counts"]["failed"] == 0
 
@@ -140,26 +174,25 @@ def test_a_teacher_that_refuses_stops_the_run(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (
-            ("--generate.teacher.model", "scripte"),
-            "generate.teacher.model: .* has no model 'scripte'; it has: scripted",
-        ),
+        (("--generate.teacher.model", "refere"), "generate.teacher.model: .* has no model 'refere'; it has: .*referee"),
         (("--generate.teacher.base-url", "http://127.0.0.1:9/v1"), "http://127.0.0.1:9/v1/ cannot be reached"),
         (("--generate.teacher.api-key-env", "NO_SUCH_KEY"), "NO_SUCH_KEY is not set: export the key"),
+        (("--generate.skip-filters", '["too_shrt"]'), "generate.skip_filters.*did you mean 'too_short'"),
+        (("--generate.budget.max-usd", "1", "--generate.teacher.price", "null"), "generate.teacher.price"),
     ],
 )
-def test_bad_access_stops_before_any_request(
-    teacher: Teacher, tmp_path: Path, override: tuple[str, str], message: str
+def test_a_bad_setting_stops_before_any_request(
+    referee: RefereeProcess, tmp_path: Path, override: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        dataset.generate(stage(teacher, tmp_path, *override))
-    assert not teacher.requests
+        done(referee, tmp_path, *override)
+    assert not referee.ledger()
 
 
 def test_a_refused_key_stops_before_any_request(
-    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    referee: RefereeProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "bad-key")
     with pytest.raises(UserError, match=r"refused \(authentication\)"):
-        dataset.generate(stage(teacher, tmp_path))
-    assert not teacher.requests
+        done(referee, tmp_path)
+    assert not [entry for entry in referee.ledger() if "completions" in entry["route"]]

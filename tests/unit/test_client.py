@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from alpaca_ray.config import TeacherConfig, UserError
-from alpaca_ray.provider.client import FATAL_ERRORS, Client, check_access
+from alpaca_ray.provider.client import FATAL_ERRORS, Client, check_access, same_model
+from alpaca_ray.provider.request import Request
 from alpaca_ray.schema import Completion
 from tests.teacher import Refusal, Teacher, tasks
 
@@ -71,13 +72,17 @@ def odd() -> Iterator[OddServer]:
 
 
 def config(base_url: str, **changes: Any) -> TeacherConfig:
-    values = {"model": "scripted", "base_url": base_url, "max_retries": 0, "timeout_s": 5.0}
+    values = {"model": "scripted", "base_url": base_url, "timeout_s": 5.0}
     return TeacherConfig(**(values | changes))
 
 
 def ask(teacher: TeacherConfig, prompt: str = "Go on:", seed: int = 7, stop: str = "\n9.") -> Completion:
     async def complete() -> Completion:
-        return await Client(teacher).complete(prompt, seed, stop)
+        client = Client(teacher)
+        try:
+            return (await client.complete(Request(prompt, seed, stop=stop))).completion
+        finally:
+            await client.close()
 
     return asyncio.run(complete())
 
@@ -133,12 +138,6 @@ def test_a_refusal_has_a_name_and_the_servers_message(
     assert "scripted refusal" in answer.error_detail
     assert (error in FATAL_ERRORS) == fatal
     assert len(teacher.requests) == 1
-
-
-def test_a_refusal_that_passes_is_tried_again(teacher: Teacher) -> None:
-    teacher.refusals = [(500, "server_error")]
-    assert ask(config(teacher.base_url, max_retries=1)).text == tasks(7)
-    assert len(teacher.requests) == 2
 
 
 def test_a_server_that_is_not_there_is_a_connection_error() -> None:
@@ -210,6 +209,14 @@ def test_an_odd_answer_is_a_failure_with_a_name_and_no_exception(
     assert answer.text is None
     assert answer.error in ({"bad_response"} if status < 300 else FATAL_ERRORS | {"rate_limit", "server_error"})
     assert answer.error_detail
+
+
+@pytest.mark.parametrize(
+    ("answered", "same"),
+    [("gpt-4o", True), ("gpt-4o-2024-08-06", True), ("openai/gpt-4o", True), ("gpt-4o-mini", False), ("gpt-4", False)],
+)
+def test_a_dated_version_is_the_same_model_and_a_smaller_one_is_not(answered: str, same: bool) -> None:
+    assert same_model("gpt-4o", answered) == same
 
 
 @pytest.mark.parametrize("usage", [b"", b', "usage": null', b', "usage": {}', b', "usage": {"total_tokens": 3}'])

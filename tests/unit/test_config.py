@@ -27,6 +27,9 @@ RESULT: dict[str, Any] = {
     "generate.requests_per_round": 17,
     "generate.teacher.model": "another",
     "generate.teacher.max_tokens": 401,
+    "generate.prompt_style": "chat",
+    "generate.skip_filters": ["too_short"],
+    "generate.similarity": False,
     "generate.teacher.temperature": 0.0,
     "generate.teacher.top_p": 0.9,
     "train.base_model": "other/model",
@@ -55,7 +58,17 @@ OPERATIONAL: dict[str, Any] = {
     "generate.teacher.base_url": "http://localhost:8000/v1",
     "generate.teacher.api_key_env": "OTHER_KEY",
     "generate.teacher.timeout_s": 1.5,
-    "generate.teacher.max_retries": 0,
+    "generate.teacher.max_attempts": 1,
+    "generate.teacher.max_wait_s": 60.0,
+    "generate.teacher.verify_model": False,
+    "generate.teacher.price": {"input_usd_per_million": 1.0, "output_usd_per_million": 2.0},
+    "generate.evaluation_tasks": "evaluation.jsonl",
+    "generate.limits.requests_per_minute": 10,
+    "generate.limits.tokens_per_minute": 100,
+    "generate.limits.window_s": 6.0,
+    "generate.budget.max_usd": 1.5,
+    "generate.budget.max_tokens": 1000,
+    "generate.mode": "batch",
     "generate.placement.num_cpus": 0,
     "generate.placement.num_gpus": 0.5,
     "generate.placement.label_selector": {"zone": "a"},
@@ -88,7 +101,8 @@ def defaults() -> RunConfig:
 
 
 def value_of(config: BaseModel, dotted: str) -> Any:
-    return functools.reduce(getattr, dotted.split("."), config)
+    value: Any = functools.reduce(getattr, dotted.split("."), config)
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def changed(config: RunConfig, dotted: str, value: Any) -> RunConfig:
@@ -135,11 +149,11 @@ def test_the_command_line_beats_the_environment_and_that_the_file(monkeypatch: p
 
     monkeypatch.setenv("ALPACA_RAY__GENERATE__MAX_REQUESTS", "11")
     monkeypatch.setenv("ALPACA_RAY__GENERATE__NUM_ACTORS", "12")
-    monkeypatch.setenv("ALPACA_RAY__GENERATE__TEACHER__MAX_RETRIES", "0")
+    monkeypatch.setenv("ALPACA_RAY__GENERATE__TEACHER__MAX_ATTEMPTS", "1")
     config = load_config([*TINY, "--generate.num-actors", "13"])
     assert config.generate.num_actors == 13
     assert config.generate.max_requests == 11
-    assert config.generate.teacher.max_retries == 0
+    assert config.generate.teacher.max_attempts == 1
     assert config.generate.teacher.max_tokens == 400  # the neighbours of an overridden field stay as the file has them
 
 

@@ -1,0 +1,114 @@
+"""A Ray cluster of two nodes on this machine, each node a process group of its own that can be killed."""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from alpaca_ray.cluster.local import free_ports
+
+START_S, STOP_S = 90.0, 20.0
+RAY = str(Path(sys.executable).parent / "ray")
+
+
+class Nodes:
+    """`with Nodes() as cluster:` a head, and a second node that `kill_node` ends and starts anew."""
+
+    def __init__(self, head_cpus: int = 2, node_cpus: int = 2) -> None:
+        self._head_cpus, self._node_cpus = head_cpus, node_cpus
+        # A short path: Unix sockets lie below it and may have 107 characters at most.
+        self._temp = Path(tempfile.mkdtemp(prefix="arn", dir="/tmp"))
+        (self._temp / "token").write_text(secrets.token_hex(16))
+        (self._temp / "token").chmod(0o600)
+        self._gcs_port, self._dashboard_port = free_ports(2)
+        self.head: subprocess.Popen[bytes] | None = None
+        self.node: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> "Nodes":
+        self.head = self._start(
+            "--head", f"--port={self._gcs_port}", f"--num-cpus={self._head_cpus}", f"--temp-dir={self._temp}/r",
+            "--ray-client-server-port=0", "--include-dashboard=false",
+        )  # fmt: skip
+        self.node = self._start_node()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in (self.node, self.head):
+            if process is not None:
+                _kill_all(process.pid)
+                process.wait()
+        shutil.rmtree(self._temp, ignore_errors=True)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """For a driver on this cluster."""
+        return os.environ | {
+            "RAY_ADDRESS": f"127.0.0.1:{self._gcs_port}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self._temp / "token"),
+        }
+
+    def kill_node(self) -> None:
+        """SIGKILL to the second node and everything on it; another one takes its place."""
+        assert self.node is not None
+        _kill_all(self.node.pid)
+        self.node.wait()
+        self.node = self._start_node()
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """Ray's worker processes of this cluster that carry the name of an actor's class."""
+        found = []
+        for root in (self.head, self.node):
+            if root is not None:
+                for process in _family(root.pid):
+                    with contextlib.suppress(psutil.Error):
+                        if f"ray::{name}" in " ".join(process.cmdline()):
+                            found.append(process)
+        return found
+
+    def _start_node(self) -> subprocess.Popen[bytes]:
+        return self._start(f"--address=127.0.0.1:{self._gcs_port}", f"--num-cpus={self._node_cpus}")
+
+    def _start(self, *options: str) -> subprocess.Popen[bytes]:
+        """`ray start`, which returns from its pipe when the node is up: it prints how to stop it."""
+        [agent_port] = free_ports(1)
+        command = [RAY, "start", "--block", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent_port}"]
+        process = subprocess.Popen(
+            [*command, *options],
+            env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        for line in _lines(process):
+            if "Ray runtime started" in line:
+                return process
+        raise RuntimeError(f"the node did not start: {' '.join([*command, *options])}")
+
+
+def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:
+    assert process.stdout is not None
+    for line in iter(process.stdout.readline, b""):
+        yield line.decode(errors="replace")
+
+
+def _family(pid: int) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        root = psutil.Process(pid)
+        return [root, *root.children(recursive=True)]
+    return []
+
+
+def _kill_all(pid: int) -> None:
+    """SIGKILL to a process and all it has started, as when a machine loses its power."""
+    family = _family(pid)
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(family, timeout=STOP_S)

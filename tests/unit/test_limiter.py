@@ -1,0 +1,440 @@
+"""The limiter against a strict server in simulated time, then each promise by itself."""
+
+import math
+import pickle
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from alpaca_ray.config import UserError
+from alpaca_ray.provider.limit_headers import LimitHeaders, parse_limit_headers
+from alpaca_ray.provider.limiter import Grant, Lease, Outcome, RateLimiter, cool_down_s
+from tests.unit.limiter_simulation import StrictServer, World
+
+W = 60.0
+OK = Outcome("ok")
+DOWN = Outcome("server_failure")
+REFUSED = Outcome("rate_limited")
+
+
+def drain(limiter: RateLimiter, now_s: float, until_s: float, tokens: int = 1) -> list[Lease]:
+    """All leases up to `until_s` that one sender gets who always wants more; they stay open."""
+    leases: list[Lease] = []
+    while now_s < until_s:
+        grant = limiter.acquire([tokens] * 16, now_s)
+        leases += grant.leases
+        now_s += grant.retry_in_s if len(grant.leases) < 16 else 0.0
+    return leases
+
+
+def one(limiter: RateLimiter, now_s: float, tokens: int = 1) -> Lease:
+    (lease,) = limiter.acquire([tokens], now_s).leases
+    return lease
+
+
+def restart(world: World, requests: int | None, tokens: int | None, number: int) -> None:
+    wait_s = cool_down_s(requests, tokens, world.server.window_s)
+    world.limiter = RateLimiter(
+        requests, tokens, window_s=world.server.window_s, cool_down_until_s=world.now_s + wait_s, epoch=str(number)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    requests=st.none() | st.integers(1, 600),
+    windowfuls=st.none() | st.floats(1.0, 300.0),  # T, in reservations
+    num_actors=st.integers(1, 8),
+    batch=st.integers(1, 16),
+    most_used=st.floats(0.01, 1.0),
+    longest_s=st.floats(0.01, 90.0),
+    late_share=st.sampled_from([0.0, 0.2]),
+    crash_share=st.sampled_from([0.0, 0.05]),
+    says=st.sampled_from(["nothing", "admitted", "answered"]),
+    restarts_s=st.lists(st.floats(0.0, 3.5 * W), max_size=3),
+)
+def test_the_server_sees_no_window_over_a_limit(
+    seed: int,
+    requests: int | None,
+    windowfuls: float | None,
+    num_actors: int,
+    batch: int,
+    most_used: float,
+    longest_s: float,
+    late_share: float,
+    crash_share: float,
+    says: str,
+    restarts_s: list[float],
+) -> None:
+    if requests is None and windowfuls is None:
+        requests = 100
+    tokens = None if windowfuls is None else int(windowfuls * 2000)
+    server = StrictServer(requests or math.inf, tokens or math.inf, W)
+    world = World(
+        server,
+        RateLimiter(requests, tokens, lease_timeout_s=30.0),
+        random.Random(seed),
+        num_actors=num_actors,
+        batch=batch,
+        reserve=lambda rng: rng.randint(200, 2000),
+        use=lambda rng, reserved: rng.randint(1, max(1, int(reserved * most_used))),
+        latency_s=lambda rng: rng.uniform(0.0, longest_s),
+        late_share=late_share,
+        crash_share=crash_share,
+        says=says,
+    )
+    for number, time_s in enumerate(restarts_s):
+        world.at(time_s, lambda number=number: restart(world, requests, tokens, number + 1))  # type: ignore[misc]
+    world.start()
+    world.run(4 * W)
+    assert server.times_s
+    assert not server.refused_s
+    if requests is not None:
+        assert server.most_within(W) <= requests
+        assert server.most_within(W / 60) <= math.ceil(2 * requests / 60)
+
+
+@pytest.mark.parametrize("requests", [60, 500, 3000])
+@pytest.mark.parametrize("num_actors", [1, 8])
+@pytest.mark.parametrize("says", ["nothing", "answered"])
+def test_the_request_limit_is_used(requests: int, num_actors: int, says: str) -> None:
+    server = StrictServer(requests, math.inf, W)
+    world = World(server, RateLimiter(requests, None), random.Random(0), num_actors, batch=16, says=says)
+    world.start()
+    world.run(4 * W)
+    assert sum(W < time_s <= 4 * W for time_s in server.times_s) >= 0.95 * 3 * requests
+    assert not server.refused_s
+
+
+LATENCIES: list[Callable[[random.Random], float]] = [lambda rng: 0.05, lambda rng: rng.uniform(2, 20)]
+
+
+@pytest.mark.parametrize("latency_s", LATENCIES)
+@pytest.mark.parametrize("says", ["nothing", "admitted", "answered"])
+def test_the_token_limit_is_used(latency_s: Callable[[random.Random], float], says: str) -> None:
+    reserved, used, limit = 4000, 1500, 1_000_000
+    server = StrictServer(math.inf, limit, W)
+    world = World(
+        server,
+        RateLimiter(None, limit),
+        random.Random(0),
+        reserve=lambda rng: reserved,
+        use=lambda rng, reserved: rng.randint(1000, 2000),
+        latency_s=latency_s,
+        jitter=0.1,
+        says=says,
+    )
+    world.start()
+    world.run(8 * W)
+    # What is in flight holds its whole reservation, so evenly spread requests cannot use all of the limit.
+    flight_s = sum(latency_s(random.Random(seed)) for seed in range(100)) / 100
+    possible = limit * W * used / (W * used + flight_s * (reserved - used))
+    in_steady_state = sum(tokens for time_s, tokens in server.used_tokens if 2 * W < time_s <= 7 * W) / 5
+    assert in_steady_state >= 0.95 * possible
+    assert not server.refused_s
+
+
+def test_a_server_that_names_its_limits_needs_no_configuration() -> None:
+    server = StrictServer(300, math.inf, W)
+    world = World(server, RateLimiter(None, None), random.Random(0), says="answered")
+    world.start()
+    world.run(5 * W)
+    assert not server.refused_s
+    assert sum(2 * W < time_s <= 5 * W for time_s in server.times_s) >= 0.95 * 900
+
+
+@pytest.mark.parametrize("limit", [60, 600])
+def test_without_limits_or_headers_the_rate_is_found(limit: int) -> None:
+    server = StrictServer(limit, math.inf, W)
+    world = World(server, RateLimiter(None, None), random.Random(0), batch=4, latency_s=lambda rng: 1.0)
+    world.start()
+    world.run(20 * W)
+    taken = sum(5 * W < time_s <= 20 * W for time_s in server.times_s)
+    refused = sum(5 * W < time_s for time_s in server.refused_s)
+    assert taken >= 0.75 * 15 * limit
+    assert refused <= 0.05 * taken
+
+
+def test_others_under_the_same_key_are_left_their_share() -> None:
+    server = StrictServer(600, math.inf, W)
+    world = World(server, RateLimiter(600, None), random.Random(0), says="answered", latency_s=lambda rng: 1.0)
+    for number in range(400):  # 200 a minute, from the start
+        world.at(number * 0.3, lambda: server.admit(world.now_s, 0) and None)
+    world.start()
+    world.run(5 * W)
+    assert len(server.refused_s) <= 3
+    assert sum(time_s > 3 * W for time_s in server.times_s) >= 0.95 * 2 * 600  # they are gone: all of it is ours again
+
+
+def test_slots_are_spread_evenly_and_idle_time_is_not_saved_up() -> None:
+    limiter = RateLimiter(60, None)
+    first = one(limiter, 0.0)
+    later = [lease.start_s for lease in drain(limiter, 1000.0, 1010.0)]
+    assert first.start_s == 0.0
+    assert later[0] == 1000.0
+    gaps = {round(after - before, 6) for before, after in zip(later, later[1:], strict=False)}
+    assert gaps == {round(61 / 60, 6)}
+
+
+def test_a_grant_is_for_the_first_of_those_asked_for() -> None:
+    limiter = RateLimiter(60, None)
+    grant = limiter.acquire([5, 6, 7, 8, 9], 0.0)
+    assert [lease.tokens for lease in grant.leases] == [5, 6]
+    assert 0 < grant.retry_in_s <= 2.0
+    assert limiter.acquire([], 0.0) == Grant((), 0.0)
+
+
+def test_a_slot_given_back_is_had_again() -> None:
+    limiter = RateLimiter(60, None)
+    held = limiter.acquire([10, 10], 0.0).leases
+    assert limiter.acquire([10], 0.0).leases == ()
+    limiter.give_back([held[1].id, "unknown"], 0.5)
+    again = one(limiter, 0.5, tokens=9)
+    assert again.start_s == held[1].start_s
+    assert again.id != held[1].id
+    limiter.give_back([held[1].id], 0.6)  # a second time changes nothing
+    state = limiter.snapshot(1.5)
+    assert (state.requests_in_window, state.tokens_in_window, state.in_flight) == (2, 19, 2)
+
+
+def test_tokens_count_as_reserved_until_they_are_settled() -> None:
+    limiter = RateLimiter(None, 100)
+    lease = one(limiter, 0.0, tokens=80)
+    assert drain(limiter, 0.0, 50.0, tokens=80) == []
+    limiter.settle(lease.id, Outcome("ok", 20), 50.0)
+    assert limiter.snapshot(50.0).tokens_in_window == 20
+    assert drain(limiter, 50.0, 51.0, tokens=80)[0].start_s <= 51.5
+
+
+def test_a_request_of_unknown_usage_counts_in_full_for_a_window() -> None:
+    limiter = RateLimiter(None, 100)
+    lease = one(limiter, 0.0, tokens=80)
+    limiter.settle(lease.id, OK, 1.0)
+    assert drain(limiter, 1.0, 62.0, tokens=80)[0].start_s >= 61.0
+
+
+def test_a_lease_that_is_never_settled_leaves_the_books() -> None:
+    limiter = RateLimiter(None, 100, lease_timeout_s=10.0)
+    lost = one(limiter, 0.0, tokens=80)
+    assert limiter.snapshot(9.0).in_flight == 1
+    assert limiter.acquire([80], 11.0).leases == ()  # it counts as used
+    assert limiter.snapshot(11.0).in_flight == 0
+    limiter.settle(lost.id, Outcome("ok", 1), 12.0)
+    assert limiter.snapshot(12.0).tokens_in_window == 80
+    assert one(limiter, 61.0, tokens=80).start_s == 61.0
+
+
+def test_a_request_that_can_never_be_sent_is_refused() -> None:
+    with pytest.raises(UserError, match=r"reserves 101 tokens.*100 per minute.*generate\.teacher\.max_tokens"):
+        RateLimiter(None, 100).acquire([1, 101], 0.0)
+
+
+@pytest.mark.parametrize(("configured", "named", "in_force"), [(100, 40, 40), (40, 100, 40), (None, 40, 40)])
+def test_the_smaller_limit_counts(configured: int | None, named: int, in_force: int) -> None:
+    limiter = RateLimiter(configured, configured)
+    headers = LimitHeaders(limit_requests=named, limit_tokens=named)
+    limiter.settle(one(limiter, 0.0).id, Outcome("ok", 1, headers), 1.0)
+    state = limiter.snapshot(1.0)
+    assert (state.requests_limit, state.tokens_limit) == (in_force, in_force)
+
+
+def test_a_limit_per_day_says_nothing_about_the_window() -> None:
+    limiter = RateLimiter(500, None)
+    headers = LimitHeaders(limit_requests=200, remaining_requests=3, reset_requests_s=72_000.0)
+    limiter.settle(one(limiter, 0.0).id, Outcome("ok", 1, headers), 1.0)
+    assert limiter.snapshot(1.0).requests_limit == 500
+
+
+def test_what_others_use_is_ours_again_after_the_reset() -> None:
+    limiter = RateLimiter(600, None)
+    headers = LimitHeaders(limit_requests=600, remaining_requests=300, reset_requests_s=30.0)
+    limiter.settle(one(limiter, 0.0).id, Outcome("ok", 1, headers), 1.0)
+    limit = limiter.snapshot(1.0).requests_limit
+    assert limit is not None
+    assert 300 <= limit < 330
+    assert limiter.snapshot(31.0).requests_limit == 600
+
+
+def test_retry_after_stops_everyone() -> None:
+    limiter = RateLimiter(600, None)
+    lease = one(limiter, 0.0)
+    limiter.settle(lease.id, Outcome("rate_limited", 0, LimitHeaders(retry_after_s=20.0)), 1.0)
+    assert drain(limiter, 1.0, 18.0) == []
+    assert drain(limiter, 18.0, 25.0)[0].start_s == 21.0
+    assert limiter.snapshot(1.0).paused_until_s == 21.0
+
+
+def test_a_dead_limiters_lease_can_still_pause_but_frees_nothing() -> None:
+    dead, limiter = RateLimiter(None, 100, epoch="dead"), RateLimiter(None, 100, epoch="new")
+    theirs, ours = one(dead, 0.0, tokens=80), one(limiter, 0.0, tokens=80)
+    assert theirs.id != ours.id
+    limiter.settle(theirs.id, Outcome("rate_limited", 0, LimitHeaders(retry_after_s=7.0)), 1.0)
+    state = limiter.snapshot(1.0)
+    assert (state.tokens_in_window, state.in_flight, state.paused_until_s) == (80, 1, 8.0)
+
+
+def test_refusals_that_name_no_time_pause_longer_each_time_and_one_burst_counts_once() -> None:
+    limiter = RateLimiter(6000, None)
+    now_s, pauses_s = 0.0, []
+    for _ in range(9):
+        leases = limiter.acquire([1] * 5, now_s).leases
+        now_s = leases[-1].start_s + 0.1
+        for lease in leases:
+            limiter.settle(lease.id, REFUSED, now_s)
+        pauses_s.append(round(limiter.snapshot(now_s).paused_until_s - now_s, 6))
+        now_s += 1000.0
+    assert pauses_s == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    limiter.settle(one(limiter, now_s).id, OK, now_s + 1)
+    limiter.settle(one(limiter, now_s + 100).id, REFUSED, now_s + 101)
+    assert limiter.snapshot(now_s).paused_until_s == now_s + 102
+
+
+def test_a_refusal_cuts_the_rate_and_successes_bring_it_back() -> None:
+    limiter = RateLimiter(None, None)
+    limiter.settle(one(limiter, 0.0).id, OK, 0.5)
+    leases = limiter.acquire([1] * 99, 1.0).leases
+    assert len(leases) == 99  # no limit known: all at once
+    for lease in leases:
+        limiter.settle(lease.id, REFUSED, 2.0)
+    cut = limiter.snapshot(2.0).requests_limit
+    assert cut == pytest.approx(75.0)
+    for lease in drain(limiter, 200.0, 260.0):
+        limiter.settle(lease.id, OK, 261.0)
+    grown = limiter.snapshot(261.0).requests_limit
+    assert grown is not None
+    assert 78.0 <= grown <= 81.0  # 0.05 of 100 in a window of successes
+
+
+def test_the_first_request_goes_alone_where_no_limit_is_known() -> None:
+    limiter = RateLimiter(None, None)
+    (first,) = limiter.acquire([1] * 5, 0.0).leases
+    assert limiter.acquire([1] * 5, 1.0).leases == ()
+    limiter.give_back([first.id], 2.0)
+    (second,) = limiter.acquire([1] * 5, 2.0).leases
+    limiter.settle(second.id, DOWN, 3.0)
+    (third,) = limiter.acquire([1] * 5, 3.0).leases
+    limiter.settle(third.id, OK, 4.0)
+    assert len(limiter.acquire([1] * 5, 4.0).leases) == 5
+
+
+def test_the_first_request_is_not_waited_for_for_ever() -> None:
+    limiter = RateLimiter(None, None, lease_timeout_s=10.0)
+    one(limiter, 0.0)
+    assert limiter.acquire([1], 9.0).leases == ()
+    assert len(limiter.acquire([1, 1], 10.0).leases) == 1
+
+
+def failed(limiter: RateLimiter, now_s: float) -> None:
+    for lease in limiter.acquire([1] * 10, now_s).leases:
+        limiter.settle(lease.id, DOWN, now_s)
+
+
+def test_the_breaker_opens_lets_one_through_and_closes_on_success() -> None:
+    limiter = RateLimiter(6000, None)
+    early = one(limiter, 0.0)
+    failed(limiter, 1.0)
+    assert limiter.snapshot(1.0).breaker == "open"
+    limiter.settle(early.id, OK, 1.5)  # sent before it opened: says nothing about now
+    assert limiter.snapshot(1.5).breaker == "open"
+    (probe,) = limiter.acquire([1] * 10, 1.5).leases
+    assert probe.start_s == 2.0
+    assert limiter.snapshot(2.0).breaker == "half_open"
+    assert limiter.acquire([1], 2.5).leases == ()
+    limiter.settle(probe.id, OK, 3.0)
+    assert limiter.snapshot(3.0).breaker == "closed"
+    assert len(limiter.acquire([1] * 10, 3.0).leases) == 10
+
+
+def test_each_failed_probe_doubles_the_wait_up_to_a_minute() -> None:
+    limiter = RateLimiter(6000, None)
+    failed(limiter, 0.0)
+    now_s, waits_s = 0.0, []
+    for _ in range(8):
+        start_s = drain_one(limiter, now_s)
+        waits_s.append(round(start_s.start_s - now_s, 6))
+        now_s = start_s.start_s
+        limiter.settle(start_s.id, DOWN, now_s)
+    assert waits_s == [1, 2, 4, 8, 16, 32, 60, 60]
+
+
+def drain_one(limiter: RateLimiter, now_s: float) -> Lease:
+    while not (leases := (grant := limiter.acquire([1], now_s)).leases):
+        now_s += grant.retry_in_s
+    return leases[0]
+
+
+def test_an_answer_of_any_kind_interrupts_a_row_of_failures() -> None:
+    limiter = RateLimiter(6000, None)
+    for number in range(30):
+        outcome = Outcome("other") if number % 5 == 4 else DOWN
+        limiter.settle(one(limiter, float(number)).id, outcome, number + 0.5)
+    assert limiter.snapshot(30.0).breaker == "closed"
+
+
+def test_a_new_limiter_waits_no_longer_than_it_must() -> None:
+    assert cool_down_s(600, None) == pytest.approx(2.1, abs=0.01)
+    assert cool_down_s(600, 1000) == cool_down_s(None, None) == pytest.approx(63.0)
+    limiter = RateLimiter(600, None, cool_down_until_s=5.0)
+    assert limiter.acquire([1], 0.0).leases == ()
+    assert one(limiter, 4.0).start_s == 5.0
+
+
+def test_everything_that_crosses_processes_pickles() -> None:
+    limiter = RateLimiter(60, 100)
+    grant = limiter.acquire([1, 2], 0.0)
+    for value in (grant, OK, LimitHeaders(retry_after_s=1.0), limiter.snapshot(0.0)):
+        assert pickle.loads(pickle.dumps(value)) == value
+
+
+def test_headers_are_read() -> None:
+    assert parse_limit_headers(
+        {
+            "X-RateLimit-Limit-Requests": "3500",
+            "x-ratelimit-limit-tokens": "90000",
+            "x-ratelimit-remaining-requests": "0",
+            "x-ratelimit-remaining-tokens": "89000",
+            "x-ratelimit-reset-requests": "17ms",
+            "x-ratelimit-reset-tokens": "6m0s",
+            "Retry-After": "2",
+        }
+    ) == LimitHeaders(3500, 90000, 0, 89000, 0.017, 360.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [
+        ({"retry-after": "20"}, 20.0),
+        ({"retry-after": "0.5"}, 0.5),
+        ({"retry-after": "1h2m"}, 3720.0),
+        ({"retry-after": "1d1s"}, 86401.0),
+        ({"retry-after-ms": "1500", "retry-after": "20"}, 1.5),
+        ({"retry-after-ms": "soon", "retry-after": "20"}, 20.0),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 30.0),
+        ({"retry-after": "Wed, 21 Oct 2026 07:27:00 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, 0.0),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT"}, None),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT", "date": "yesterday"}, None),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:30", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"retry-after": "-5"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "1e9"}, None),
+        ({"retry-after": ""}, None),
+        ({}, None),
+    ],
+)
+def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+    assert parse_limit_headers(headers).retry_after_s == seconds
+
+
+NAMES = ["limit-requests", "limit-tokens", "remaining-requests", "remaining-tokens", "reset-requests", "reset-tokens"]
+HEADERS = [f"x-ratelimit-{name}" for name in NAMES] + ["retry-after", "retry-after-ms", "date"]
+
+
+@given(st.dictionaries(st.sampled_from(HEADERS), st.text() | st.from_regex(r"[0-9a-zµ:, .+-]{0,30}")))
+def test_garbage_in_headers_is_no_error(headers: dict[str, str]) -> None:
+    said = parse_limit_headers(headers)
+    limiter = RateLimiter(None, None)
+    limiter.settle(one(limiter, 0.0).id, Outcome("rate_limited", None, said), 1.0)
+    assert limiter.snapshot(1.0).paused_until_s >= 1.0
