@@ -5,8 +5,8 @@ from contextlib import suppress
 from typing import Any, TypeVar, cast
 
 import numba
-import numpy as np
 
+Number = Any  # numba tells numbers apart by their numpy types, which Python's do not have
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -19,12 +19,3 @@ def keep_on_disk(*functions: Callable[..., Any]) -> None:
     for function in functions:
         with suppress(RuntimeError):  # none of them can be written to: every process compiles for itself
             cast(Any, function).enable_caching()
-
-
-@compiled
-def popcount(x: int) -> int:
-    """Number of bits set in a uint64; LLVM knows this pattern and makes it one instruction."""
-    x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
-    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
-    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
-    return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))

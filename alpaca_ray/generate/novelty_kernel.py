@@ -1,23 +1,23 @@
-"""The compiled part of `PostingsIndex`: flat arrays, and the numba functions that search and fill them.
+"""The arrays of `PostingsIndex`, and the compiled functions that search and fill them.
 
-A function that is called often takes few arrays: each one costs two atomic counts per call.
+A function that is called often takes few arrays: each one costs two atomic counts per call. All compiled code of the
+index is in this file, for numba compiles anew when the file of a function changes, but not for what it calls elsewhere.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from alpaca_ray.generate.compiled import compiled, popcount
+from alpaca_ray.generate.compiled import Number, compiled
 from alpaca_ray.generate.tokens import Array
 
-
 # A posting's place is q << 20 | n. Either part stops at its largest number, which only weakens a filter.
-_LENGTH_BITS = 20
-_MAX_LENGTH = (1 << _LENGTH_BITS) - 1
-_MAX_POSITION = (1 << 32 - _LENGTH_BITS) - 1
+LENGTH_BITS = 20
+MAX_LENGTH = (1 << LENGTH_BITS) - 1
+MAX_POSITION = (1 << 32 - LENGTH_BITS) - 1
 OWN_BITS = 16  # of 64, for the commonest elements; the others share the rest
 
-# Places in Index.counts.
+# Entries of Index.counts.
 ELEMENTS, TEXTS, PENDING, QUERIES = range(4)
 
 
@@ -82,48 +82,50 @@ class Batch(NamedTuple):
     row_starts: Array  # int64
     row_stops: Array  # int64
     shortest: Array  # int64
+    # of the text at hand, from each element on, rarest first
+    keys: Array  # int64, order << 32 | element
+    suffixes: Array  # uint64, bits of the elements from this one on
+
+
+class Query(NamedTuple):
+    """What is wanted of the postings of one element of a text."""
+
+    number: int  # of the text's query
+    left: int  # elements of the text from this one on, of which enough must be shared
+    bits: int  # uint64, of those
+    row: Array  # int32, how many are enough, by the length of the other text
+    shortest: int  # length of the other text
+    longest: int
 
 
 @compiled
 def add_all(index: Index, batch: Batch) -> None:
     """Put every text into the pool."""
-    keys, suffixes = _scratch(batch.starts)
     for i in range(len(batch.starts) - 1):
-        _read_elements(index.counts, index.elements, batch.ids[batch.starts[i] : batch.starts[i + 1]], keys, suffixes)
-        _insert(index, batch, i, keys, suffixes)
+        _read_elements(index.counts, index.elements, batch, i)
+        _insert(index, batch, i)
 
 
 @compiled
 def offer_all(index: Index, batch: Batch, barred: Array, threshold: float) -> tuple[Array, Array]:
     """`PostingsIndex.offer` for texts that there is room for."""
     nearest, scores = np.empty(len(barred), np.int64), np.empty(len(barred))
-    keys, suffixes = _scratch(batch.starts)
     for i in range(len(batch.starts) - 1):
         ids = batch.ids[batch.starts[i] : batch.starts[i + 1]]
-        _read_elements(index.counts, index.elements, ids, keys, suffixes)
-        num_found = _find(index, batch, i, keys, suffixes)
+        _read_elements(index.counts, index.elements, batch, i)
+        num_found = _find(index, batch, i)
         nearest[i], scores[i] = _most_similar(index.pool, ids, num_found, threshold)
         if nearest[i] < 0 and not barred[i]:
-            _insert(index, batch, i, keys, suffixes)
+            _insert(index, batch, i)
     return nearest, scores
 
 
 @compiled
-def _scratch(starts: Array) -> tuple[Array, Array]:
-    """Room for the elements of one text, and for the bits from each on."""
-    longest = 0
-    for i in range(len(starts) - 1):
-        longest = max(longest, starts[i + 1] - starts[i])
-    return np.empty(longest, np.int64), np.empty(longest, np.uint64)
-
-
-@compiled
-def _read_elements(counts: Array, elements: Elements, ids: Array, keys: Array, suffixes: Array) -> None:
-    """Fill `keys` with a text's elements, rarest first, the order above the number, and `suffixes`: the bits from each
-    on.
-    """
+def _read_elements(counts: Array, elements: Elements, batch: Batch, i: int) -> None:
+    """Fill the batch's keys and suffixes for text i."""
     counts[QUERIES] += 1
-    m = len(ids)
+    ids = batch.ids[batch.starts[i] : batch.starts[i + 1]]
+    m, keys = len(ids), batch.keys
     for k in range(m):
         element = elements.of_word[ids[k]]
         if element < 0:
@@ -135,15 +137,15 @@ def _read_elements(counts: Array, elements: Elements, ids: Array, keys: Array, s
             element = elements.next_occurrence[element]
         elements.last_user[element] = counts[QUERIES]
         keys[k] = (np.int64(elements.order[element]) << 32) | np.int64(element)
-    _sort(keys[:m])
+    keys[:m].sort()
     bits = np.uint64(0)
     for k in range(m - 1, -1, -1):
         bits |= elements.bit[keys[k] & 0xFFFFFFFF]
-        suffixes[k] = bits
+        batch.suffixes[k] = bits
 
 
 @compiled
-def _new_element(counts: Array, elements: Elements) -> np.int32:
+def _new_element(counts: Array, elements: Elements) -> Number:
     element = counts[ELEMENTS]
     counts[ELEMENTS] += 1
     elements.order[element] = -1 - element  # the newest counts as the rarest
@@ -152,21 +154,7 @@ def _new_element(counts: Array, elements: Elements) -> np.int32:
 
 
 @compiled
-def _sort(keys: Array) -> None:
-    if len(keys) > 64:
-        keys.sort()
-        return
-    for i in range(1, len(keys)):
-        key = keys[i]
-        k = i
-        while k > 0 and keys[k - 1] > key:
-            keys[k] = keys[k - 1]
-            k -= 1
-        keys[k] = key
-
-
-@compiled
-def _insert(index: Index, batch: Batch, i: int, keys: Array, suffixes: Array) -> None:
+def _insert(index: Index, batch: Batch, i: int) -> None:
     """Put text i into the pool and file it under its first elements: those that a match may share first."""
     counts, elements, pool, pending = index.counts, index.elements, index.pool, index.pending
     m, text = batch.starts[i + 1] - batch.starts[i], counts[TEXTS]
@@ -175,70 +163,62 @@ def _insert(index: Index, batch: Batch, i: int, keys: Array, suffixes: Array) ->
     pool.starts[text + 1] = start + m
     counts[TEXTS] += 1
     for q in range(m):
-        elements.frequency[keys[q] & 0xFFFFFFFF] += 1
+        elements.frequency[batch.keys[q] & 0xFFFFFFFF] += 1
     if batch.row_starts[i] + batch.shortest[i] >= batch.row_stops[i]:
         return  # nothing matches a text of this length
     least = batch.rows[batch.row_starts[i] + batch.shortest[i]]
     for q in range(m - least + 1):
-        element, k = keys[q] & 0xFFFFFFFF, counts[PENDING]
-        pending.element[k], pending.text[k], pending.bits[k] = element, text, suffixes[q]
-        pending.place[k] = (min(q, _MAX_POSITION) << _LENGTH_BITS) | min(m, _MAX_LENGTH)
+        element, k = batch.keys[q] & 0xFFFFFFFF, counts[PENDING]
+        pending.element[k], pending.text[k], pending.bits[k] = element, text, batch.suffixes[q]
+        pending.place[k] = (min(q, MAX_POSITION) << LENGTH_BITS) | min(m, MAX_LENGTH)
         pending.link[k] = elements.head[element]
         elements.head[element] = k
         counts[PENDING] += 1
 
 
 @compiled
-def _find(index: Index, batch: Batch, i: int, keys: Array, suffixes: Array) -> int:
+def _find(index: Index, batch: Batch, i: int) -> int:
     """Fill pool.found with the texts that may be duplicates of text i; returns how many there are."""
-    pool, query = index.pool, index.counts[QUERIES]
-    row = batch.rows[batch.row_starts[i] : batch.row_stops[i]]
+    pool, row = index.pool, batch.rows[batch.row_starts[i] : batch.row_stops[i]]
     m, shortest, longest = batch.starts[i + 1] - batch.starts[i], batch.shortest[i], len(row) - 1
     num_found = 0
     for position in range(m):
-        left = m - position  # elements from here on, of which enough must be shared
+        left = m - position
         while longest >= shortest and row[longest] > left:
             longest -= 1
         if longest < shortest:
             break
-        element, wanted = keys[position] & 0xFFFFFFFF, (left, suffixes[position], shortest, longest)
+        element = batch.keys[position] & 0xFFFFFFFF
+        query = Query(index.counts[QUERIES], left, batch.suffixes[position], row, shortest, longest)
         if index.elements.head[element] >= 0:
-            num_found = _find_pending(index.pending, index.elements.head[element], wanted, row, pool, query, num_found)
+            num_found = _find_pending(index.pending, index.elements.head[element], query, pool, num_found)
         if _has_postings(index.recent.first, element):
-            num_found = _find_sorted(index.recent, element, wanted, row, pool, query, num_found)
+            num_found = _find_sorted(index.recent, element, query, pool, num_found)
         if _has_postings(index.old.first, element):
-            num_found = _find_sorted(index.old, element, wanted, row, pool, query, num_found)
+            num_found = _find_sorted(index.old, element, query, pool, num_found)
     return num_found
 
 
 @compiled
-def _has_postings(first: Array, element: int) -> bool:
+def _has_postings(first: Array, element: int) -> Number:
     return element + 1 < len(first) and first[element] < first[element + 1]
 
 
 @compiled
-def _find_sorted(
-    postings: Sorted,
-    element: int,
-    wanted: tuple[int, int, int, int],
-    row: Array,
-    pool: Pool,
-    query: int,
-    num_found: int,
-) -> int:
+def _find_sorted(postings: Sorted, element: int, query: Query, pool: Pool, num_found: int) -> int:
     """Position by position, each from the smallest length at which enough elements follow to the largest."""
-    left, bits, n, longest = wanted
+    row, n, longest = query.row, query.shortest, query.longest
     k, stop = postings.first[element], postings.first[element + 1]
-    for q in range(min(longest - row[longest], _MAX_POSITION) + 1):
+    for q in range(min(longest - row[longest], MAX_POSITION) + 1):
         while n - row[n] < q:  # rises with n
             n += 1
-        k = _seek(postings.place, k, stop, (q << _LENGTH_BITS) | n)
+        k = _seek(postings.place, k, stop, (q << LENGTH_BITS) | n)
         if k == stop:
             break
-        last = (q << _LENGTH_BITS) | longest
+        last = (q << LENGTH_BITS) | longest
         while k < stop and postings.place[k] <= last:
-            if _may_match(postings.place[k], postings.bits[k], left, bits, row):
-                num_found = _note(pool.last_asker, pool.found, postings.text[k], query, num_found)
+            if _may_match(postings.place[k], postings.bits[k], query.left, query.bits, row):
+                num_found = _note(pool.last_asker, pool.found, postings.text[k], query.number, num_found)
             k += 1
     return num_found
 
@@ -261,24 +241,32 @@ def _seek(place: Array, k: int, stop: int, wanted: int) -> int:
 
 
 @compiled
-def _find_pending(
-    postings: Pending, k: int, wanted: tuple[int, int, int, int], row: Array, pool: Pool, query: int, num_found: int
-) -> int:
-    left, bits, shortest, longest = wanted
+def _find_pending(postings: Pending, k: int, query: Query, pool: Pool, num_found: int) -> int:
     while k >= 0:
-        n = np.int64(postings.place[k]) & _MAX_LENGTH
-        if shortest <= n <= longest and _may_match(postings.place[k], postings.bits[k], left, bits, row):
-            num_found = _note(pool.last_asker, pool.found, postings.text[k], query, num_found)
+        n = np.int64(postings.place[k]) & MAX_LENGTH
+        if query.shortest <= n <= query.longest and _may_match(
+            postings.place[k], postings.bits[k], query.left, query.bits, query.row
+        ):
+            num_found = _note(pool.last_asker, pool.found, postings.text[k], query.number, num_found)
         k = postings.link[k]
     return num_found
 
 
 @compiled
-def _may_match(place: int, other_bits: int, left: int, bits: int, row: Array) -> bool:
+def _may_match(place: int, other_bits: int, left: int, bits: int, row: Array) -> Number:
     """Whether enough elements can be shared from here on: each bit on one side only is an element that is not."""
-    n = np.int64(place) & _MAX_LENGTH
-    other_left, need = n - (np.int64(place) >> _LENGTH_BITS), row[n]
-    return left - popcount(bits & ~other_bits) >= need and other_left - popcount(other_bits & ~bits) >= need
+    n = np.int64(place) & MAX_LENGTH
+    other_left, need = n - (np.int64(place) >> LENGTH_BITS), row[n]
+    return left - _popcount(bits & ~other_bits) >= need and other_left - _popcount(other_bits & ~bits) >= need
+
+
+@compiled
+def _popcount(x: Number) -> Number:
+    """Number of bits set in a uint64; LLVM knows this pattern and makes it one instruction."""
+    x -= (x >> np.uint64(1)) & np.uint64(0x5555555555555555)
+    x = (x & np.uint64(0x3333333333333333)) + ((x >> np.uint64(2)) & np.uint64(0x3333333333333333))
+    x = (x + (x >> np.uint64(4))) & np.uint64(0x0F0F0F0F0F0F0F0F)
+    return np.int64((x * np.uint64(0x0101010101010101)) >> np.uint64(56))
 
 
 @compiled
@@ -292,7 +280,7 @@ def _note(last_asker: Array, found: Array, text: int, query: int, num_found: int
 
 
 @compiled
-def _most_similar(pool: Pool, ids: Array, num_found: int, threshold: float) -> tuple[int, float]:
+def _most_similar(pool: Pool, ids: Array, num_found: int, threshold: float) -> tuple[Number, float]:
     """(index, ROUGE-L) of the most similar of the texts found, the first of equals; (-1, 0) if none is above."""
     best, highest = np.int64(-1), 0.0
     if num_found == 0:
@@ -339,7 +327,7 @@ def _lcs(slot_of: Array, masks: Array, other: Array) -> int:
             carry = np.uint64(partial < matches) | np.uint64(total < carry)
             state[k] = total | (state[k] - matches)
     for k in range(num_words):
-        length += popcount(~state[k])
+        length += _popcount(~state[k])
     return length
 
 

@@ -15,7 +15,18 @@ import numpy as np
 
 from alpaca_ray.generate import novelty_kernel as kernel
 from alpaca_ray.generate.compiled import keep_on_disk
-from alpaca_ray.generate.novelty_kernel import ELEMENTS, PENDING, TEXTS, Batch, Elements, Index, Pending, Pool, Sorted
+from alpaca_ray.generate.novelty_kernel import (
+    ELEMENTS,
+    OWN_BITS,
+    PENDING,
+    TEXTS,
+    Batch,
+    Elements,
+    Index,
+    Pending,
+    Pool,
+    Sorted,
+)
 from alpaca_ray.generate.rouge import NeededLcs
 from alpaca_ray.generate.tokens import Array, Documents, grown
 
@@ -61,7 +72,8 @@ class PostingsIndex:
         stops = np.cumsum(sizes)
         shortest = np.array([np.argmax(np.append(row, 0) <= np.arange(len(row) + 1)) for row in rows], np.int64)
         flat = np.concatenate([np.zeros(0, np.int32), *rows])
-        return Batch(*documents, flat, (stops - sizes)[which], stops[which], shortest[which])
+        scratch = np.empty(self._longest, np.int64), np.empty(self._longest, np.uint64)
+        return Batch(*documents, flat, (stops - sizes)[which], stops[which], shortest[which], *scratch)
 
     def _make_room(self, documents: Documents) -> None:
         """For the worst case: every text joins, and every token is a new element."""
@@ -105,8 +117,8 @@ class PostingsIndex:
         rarest_first = np.argsort(elements.frequency[:num_elements], kind="stable")
         elements.order[rarest_first] = np.arange(num_elements)
         commonness = np.arange(num_elements)[::-1]  # 0: the commonest
-        shared = kernel.OWN_BITS + commonness % (64 - kernel.OWN_BITS)
-        bit = np.where(commonness < kernel.OWN_BITS, commonness, shared)
+        shared = OWN_BITS + commonness % (64 - OWN_BITS)
+        bit = np.where(commonness < OWN_BITS, commonness, shared)
         elements.bit[rarest_first] = np.uint64(1) << bit.astype(np.uint64)
         documents = Documents(pool.ids[: pool.starts[num_texts]].copy(), pool.starts[: num_texts + 1].copy())
         counts[[TEXTS, PENDING]] = 0

@@ -6,6 +6,7 @@ waits for the slowest of them.
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import ray
@@ -16,7 +17,6 @@ from alpaca_ray.generate.tokens import Array
 _BATCH = 8192  # candidates that are looked up at once
 
 
-@ray.remote
 class Shard:
     """A part of the pool. `numbers` are the places of its texts in the whole pool, rising."""
 
@@ -46,7 +46,7 @@ class ShardedNoveltyFilter:
     def __init__(self, seed_instructions: Iterable[str], threshold: float = 0.7, *, num_shards: int) -> None:
         TextPool(threshold)  # a threshold that cannot be fails here rather than in an actor
         self._threshold = threshold
-        self._shards = [Shard.remote(threshold) for _ in range(num_shards)]
+        self._shards: list[Any] = [ray.remote(Shard).remote(threshold) for _ in range(num_shards)]
         self._size = 0
         self.add_many(list(seed_instructions))
 

@@ -34,7 +34,7 @@ _SECRETS = (
     r"\b(?:AKIA|ASIA)(?![A-Z0-9]{9}EXAMPLE\b)[A-Z0-9]{16}\b",  # AWS; its manual's own example passes
     r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{22,}",
     r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",  # Slack
-    r"\bsk-(?:[a-z]+-)*(?=[\w-]*\d)[A-Za-z0-9_-]{20,}",  # OpenAI and those who took over its form
+    r"\bsk-(?=[\w-]{0,60}\d)[A-Za-z0-9_-]{20,}",  # OpenAI and those who took over its form
     r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{8,}",  # a JSON web token
 )
 _SECRET = re.compile("|".join(_SECRETS))

@@ -14,11 +14,11 @@ from alpaca_ray.generate.tokens import Array
 def rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
     """ROUGE-L F-measure of two token lists; 0 if one is empty."""
     length = LCSseq.similarity(a, b)
-    return float(f_measure(np.int64(length), len(a), len(b))) if length else 0.0
+    return float(f_measure(np.asarray(length), len(a), len(b))) if length else 0.0
 
 
 def f_measure(lcs: Array, m: Array | int, n: Array | int) -> Array:
-    """F-measures of texts of m and n tokens with a longest common subsequence of `lcs` > 0 tokens; symmetric in m, n."""
+    """F-measures of texts of m and n tokens whose longest common subsequence has `lcs` > 0; symmetric in m and n."""
     precision, recall = lcs / n, lcs / m
     return 2 * precision * recall / (precision + recall)
 

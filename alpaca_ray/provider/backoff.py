@@ -5,7 +5,7 @@ from typing import Literal
 
 BreakerState = Literal["closed", "open", "half_open"]
 
-DECREASE, INCREASE = 0.75, 0.05  # of the rate: at once, and per window of successes (AIMD: Chiu & Jain 1989)
+DECREASE, INCREASE = 0.75, 0.1  # of the rate: at once, and per window of successes (AIMD: Chiu & Jain 1989)
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 60.0  # doubled on each 429 that names no time, and on each failed probe
 FAILURES_TO_OPEN = 10
 
@@ -24,13 +24,16 @@ class AdaptiveRate:
             self.rate += self._step / self.rate
             self.rate = math.inf if self.rate >= limit else self.rate
 
-    def slow_down(self, seen: float, limit: float, start_s: float, last_start_s: float) -> float:
-        """Returns the pause. Whatever started up to `last_start_s` was on its way already: its refusals cut once."""
+    def slow_down(self, rate: float, start_s: float, last_start_s: float) -> float:
+        """Returns the pause. Whatever started up to `last_start_s` was on its way already: its refusals cut once.
+
+        `rate`: the one that was refused, where none was set yet; infinite: unknown, then there is only the pause.
+        """
         if start_s <= self._cut_through_s:
             return 0.0
-        seen = min(self.rate, limit, seen)
-        self.rate = max(DECREASE * seen, 1.0)
-        self._step = max(INCREASE * (seen if math.isinf(limit) else limit), 1.0)
+        rate = min(self.rate, rate)
+        if math.isfinite(rate):
+            self.rate, self._step = max(DECREASE * rate, 1.0), max(INCREASE * rate, 1.0)
         self._cut_through_s = last_start_s
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, LONGEST_PAUSE_S)
         return pause_s

@@ -28,6 +28,7 @@ from alpaca_ray.provider.window import Charge, Footprint, Limits, Window
 
 Status = Literal["ok", "rate_limited", "server_failure", "other"]
 
+MIN_SEEN = 10  # requests in a window: the refusal of fewer says nothing about a rate
 SHORTEST_LOOKAHEAD_S = 0.1  # a sender asks that often
 TOKEN_PACE = 1.1  # times the rate that can last, so that the exact sum binds and not the estimate
 NO_HEADERS = LimitHeaders()
@@ -165,7 +166,7 @@ class RateLimiter:
         """The answer is there, or will not come. Of a lease that is not known only a pause counts."""
         probed = lease_id == self._probe
         charge = self._end(lease_id)
-        self._obey(outcome, charge.start_s if charge else None, now_s)
+        self._obey(outcome, None if charge is None else charge.start_s, now_s)
         self._heard |= outcome.status in ("ok", "rate_limited")
         if charge is None:
             return
@@ -252,7 +253,10 @@ class RateLimiter:
         pause_s = 0.0
         if outcome.status == "rate_limited" and start_s is not None:
             limit = self._limits.requests.in_force()
-            pause_s = self._adaptive.slow_down(self._window.requests, limit, start_s, self._last_start_s)
+            rate = limit
+            if math.isinf(limit) and self._window.requests >= MIN_SEEN:
+                rate = self._window.rate(now_s)
+            pause_s = self._adaptive.slow_down(rate, start_s, self._last_start_s)
         if outcome.headers.retry_after_s is not None and outcome.status in ("rate_limited", "server_failure"):
             pause_s = outcome.headers.retry_after_s
         if pause_s > 0:

@@ -15,6 +15,7 @@ from ray.util.metrics import Gauge
 
 from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.config import GenerateConfig
+from alpaca_ray.provider.budget import Budget, price_of
 from alpaca_ray.provider.gate import Ask, Gate, GateState, Permit, Permits, Report
 from alpaca_ray.provider.request import Request
 from alpaca_ray.provider.sender import Sender
@@ -107,7 +108,13 @@ class Requester:
 
 
 def start_gate(config: GenerateConfig, run: RunDirectory, journal_directory: str) -> RemoteGate:
-    """One gate for all of a stage's rounds. It runs where the driver does and ends with it."""
+    """One gate for all of a stage's rounds. It runs where the driver does and ends with it.
+
+    Raises UserError for a budget in dollars without a price.
+    """
+    Budget(config.budget.max_usd, config.budget.max_tokens, price_of(config.teacher.model, config.teacher.price))
+    if not ray.is_initialized():
+        ray.init()
     node = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
         ray.get_runtime_context().get_node_id(), soft=True
     )

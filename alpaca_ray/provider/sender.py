@@ -161,9 +161,13 @@ class Sender:
             return key, Completion(None, NOT_ASKED, error_detail=reason)
         return key, completion
 
-    async def close(self) -> None:
-        """Return when the gate has heard all, and the connections are closed."""
+    async def flush(self) -> None:
+        """Return when the gate has heard of all that was answered."""
         await self._queue.flush()
+
+    async def close(self) -> None:
+        """Flush, and close the connections."""
+        await self.flush()
         await self._client.close()
 
     async def _pursue(self, key: str, request: Request) -> tuple[Completion, int | None]:

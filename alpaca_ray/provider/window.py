@@ -65,6 +65,11 @@ class Window:
             requests, tokens = requests - charge.requests, tokens - charge.tokens
         return from_s if tokens <= most_tokens else math.inf
 
+    def rate(self, now_s: float) -> float:
+        """Requests per span, as seen since the oldest."""
+        since_s = now_s - self._charges[0].start_s if self._charges else self.span_s
+        return self.requests * self.span_s / min(max(since_s, self.span_s / 60), self.span_s)
+
     def between(self, after_s: float, until_s: float) -> tuple[int, int]:
         """Requests and tokens that started in (after_s, until_s]; goes through them all."""
         inside = [charge for charge in self._charges if after_s < charge.start_s <= until_s]
@@ -79,10 +84,13 @@ class Limits:
 
     def hear(self, said: LimitHeaders, charge: Charge, window: Window, now_s: float) -> None:
         """`said`: with the answer to `charge`. The server may have counted when that came, or when it answered."""
-        requests = max(charge.seen_requests, window.requests) + 1
-        tokens = max(charge.seen_tokens, window.tokens) + charge.reserved
-        self.requests.hear(said.limit_requests, said.remaining_requests, said.reset_requests_s, requests, now_s)
-        self.tokens.hear(said.limit_tokens, said.remaining_tokens, said.reset_tokens_s, tokens, now_s)
+        requests, tokens = charge.seen_requests, charge.seen_tokens
+        more_requests = max(window.requests - requests, 0) + 1
+        more_tokens = max(window.tokens - tokens, 0) + charge.reserved
+        self.requests.hear(
+            said.limit_requests, said.remaining_requests, said.reset_requests_s, (requests, more_requests), now_s
+        )
+        self.tokens.hear(said.limit_tokens, said.remaining_tokens, said.reset_tokens_s, (tokens, more_tokens), now_s)
 
 
 class Limit:
@@ -99,16 +107,19 @@ class Limit:
         """In force, less what others use."""
         return max(self.in_force() - (self._others if now_s < self._others_until_s else 0.0), 1.0)
 
-    def hear(self, limit: int | None, remaining: int | None, reset_s: float | None, ours: int, now_s: float) -> None:
-        """`ours`: the most that the server can have counted of us."""
+    def hear(
+        self, limit: int | None, remaining: int | None, reset_s: float | None, ours: tuple[int, int], now_s: float
+    ) -> None:
+        """`ours`: how much the server should have counted of us, and how much more it may have."""
         if reset_s is not None and reset_s > self._window_s * 1.05:
             self._named, self._others = math.inf, 0.0  # a limit per day: it says nothing about the window
             return
         self._named = self._named if limit is None else float(limit)
         total = self._configured if math.isinf(self._named) else self._named
         if remaining is not None and math.isfinite(total):
+            others = total - remaining - ours[0]
             # Ours may pass each other by the margin, a 60th of the window; twice that is no sign of others.
-            self._others = max(total - remaining - ours - total / 30, 0.0)
+            self._others = others if others > ours[1] + total / 30 else 0.0
             self._others_until_s = now_s + (self._window_s if reset_s is None else min(reset_s, self._window_s))
 
 

@@ -48,6 +48,11 @@ def done(referee: RefereeProcess, storage: Path, *overrides: str) -> Stage:
     return finished
 
 
+def paid(referee: RefereeProcess) -> list[dict[str, Any]]:
+    """The ledger without the questions for the list of models."""
+    return [entry for entry in referee.ledger() if entry["method"] == "POST"]
+
+
 def outputs(finished: Stage) -> dict[str, str]:
     assert finished.manifest is not None
     hashes: dict[str, str] = finished.manifest["outputs"]
@@ -75,7 +80,7 @@ def test_a_run_keeps_what_is_asked_for_and_leaves_its_papers(referee: RefereePro
     assert run.read_json("generate/croissant.json")["@type"]
     assert first.manifest is not None
     counts = first.manifest["counts"]
-    ledger = referee.ledger()
+    ledger = paid(referee)
     assert counts["usd"] == pytest.approx(sum(entry["usd"] for entry in ledger), abs=1e-6)
     assert counts["prompt_tokens"] == sum(entry["prompt_tokens"] for entry in ledger)
     assert counts["repaid"] == 0
@@ -83,7 +88,7 @@ def test_a_run_keeps_what_is_asked_for_and_leaves_its_papers(referee: RefereePro
     again = stage(referee, tmp_path)
     assert again.manifest is not None
     assert again.manifest["counts"]["kept"] == KEPT
-    assert len(referee.ledger()) == len(ledger)
+    assert len(paid(referee)) == len(ledger)
 
 
 @pytest.mark.parametrize("style", ["chat", "json"])
@@ -92,7 +97,7 @@ def test_chat_models_give_a_dataset_too(referee: RefereeProcess, tmp_path: Path,
     kept = rows(finished.run, "dataset.parquet")
     assert len(kept) == KEPT
     assert {row["prompt_version"].split("-")[0] for row in kept} == {style}
-    assert {entry["route"] for entry in referee.ledger()} == {"/v1/chat/completions"}
+    assert {entry["route"] for entry in paid(referee)} == {"/v1/chat/completions"}
 
 
 def test_the_dataset_does_not_depend_on_the_number_of_actors(referee: RefereeProcess, tmp_path: Path) -> None:
@@ -104,7 +109,7 @@ def test_the_dataset_does_not_depend_on_the_number_of_actors(referee: RefereePro
 def test_a_stopped_run_goes_on_and_pays_only_for_what_is_missing(referee: RefereeProcess, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"kept \d+ of 20 instructions after 3 requests.*max_requests"):
         done(referee, tmp_path, "--generate.max-requests", "3")
-    assert len(referee.ledger()) == 3
+    assert len(paid(referee)) == 3
     assert rows(open_run(str(tmp_path), "tiny_cpu"), "rejects.parquet") is not None
     resumed = done(referee, tmp_path)
     assert referee.summary()["duplicates"] == {}
@@ -115,18 +120,18 @@ def test_a_stopped_run_goes_on_and_pays_only_for_what_is_missing(referee: Refere
 def test_what_the_journal_has_is_not_paid_for_again(referee: RefereeProcess, tmp_path: Path) -> None:
     """The state after a kill just before a round was written down: its answers are in the journal alone."""
     first = done(referee, tmp_path)
-    asked = len(referee.ledger())
+    asked = len(paid(referee))
     first.run.delete("generate/completions")
     first.run.fs.delete_file(first.run.path("generate/manifest.json"))
     again = done(referee, tmp_path)
     assert outputs(again) == outputs(first)
-    assert len(referee.ledger()) == asked
+    assert len(paid(referee)) == asked
 
 
 def test_a_spent_budget_stops_the_run_and_a_higher_one_goes_on(referee: RefereeProcess, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the budget is spent: generate.budget.max_usd=0.004"):
         done(referee, tmp_path, "--generate.budget.max-usd", "0.004")
-    assert sum(entry["usd"] for entry in referee.ledger()) <= 0.004
+    assert sum(entry["usd"] for entry in paid(referee)) <= 0.004
     finished = done(referee, tmp_path, "--generate.budget.max-usd", "1")
     assert referee.summary()["duplicates"] == {}
     assert outputs(finished) == outputs(done(referee, tmp_path / "undisturbed"))
@@ -135,9 +140,9 @@ def test_a_spent_budget_stops_the_run_and_a_higher_one_goes_on(referee: RefereeP
 def test_a_dry_run_pays_for_a_pilot_that_the_run_then_has(referee: RefereeProcess, tmp_path: Path) -> None:
     asked_for = stage(referee, tmp_path)
     estimate = dataset.dry_run(asked_for)
-    assert len(referee.ledger()) == dataset.PILOT_REQUESTS
+    assert len(paid(referee)) == dataset.PILOT_REQUESTS
     done(referee, tmp_path)
-    needed = len(referee.ledger())
+    needed = len(paid(referee))
     assert estimate.requests.low <= needed <= estimate.requests.high + dataset.PILOT_REQUESTS
     assert referee.summary()["duplicates"] == {}
 
@@ -164,7 +169,7 @@ def test_a_teacher_that_refuses_stops_the_run(
     referee.configure(faults=[{"kind": fault, "every": 1}])
     with pytest.raises(UserError, match=message):
         done(referee, tmp_path)
-    assert len(referee.ledger()) <= 8  # one round, and no more
+    assert len(paid(referee)) <= 8  # one round, and no more
     referee.configure(faults=[])
     mended = done(referee, tmp_path)
     assert mended.manifest is not None
@@ -186,7 +191,7 @@ def test_a_bad_setting_stops_before_any_request(
 ) -> None:
     with pytest.raises(UserError, match=message):
         done(referee, tmp_path, *override)
-    assert not referee.ledger()
+    assert not paid(referee)
 
 
 def test_a_refused_key_stops_before_any_request(
@@ -195,4 +200,4 @@ def test_a_refused_key_stops_before_any_request(
     monkeypatch.setenv("OPENAI_API_KEY", "bad-key")
     with pytest.raises(UserError, match=r"refused \(authentication\)"):
         done(referee, tmp_path)
-    assert not [entry for entry in referee.ledger() if "completions" in entry["route"]]
+    assert not paid(referee)

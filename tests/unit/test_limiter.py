@@ -4,6 +4,8 @@ import math
 import pickle
 import random
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -42,59 +44,45 @@ def restart(world: World, requests: int | None, tokens: int | None, number: int)
     )
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    seed=st.integers(0, 2**32),
-    requests=st.none() | st.integers(1, 600),
-    windowfuls=st.none() | st.floats(1.0, 300.0),  # T, in reservations
-    num_actors=st.integers(1, 8),
-    batch=st.integers(1, 16),
-    most_used=st.floats(0.01, 1.0),
-    longest_s=st.floats(0.01, 90.0),
-    late_share=st.sampled_from([0.0, 0.2]),
-    crash_share=st.sampled_from([0.0, 0.05]),
-    says=st.sampled_from(["nothing", "admitted", "answered"]),
-    restarts_s=st.lists(st.floats(0.0, 3.5 * W), max_size=3),
-)
-def test_the_server_sees_no_window_over_a_limit(
-    seed: int,
-    requests: int | None,
-    windowfuls: float | None,
-    num_actors: int,
-    batch: int,
-    most_used: float,
-    longest_s: float,
-    late_share: float,
-    crash_share: float,
-    says: str,
-    restarts_s: list[float],
-) -> None:
-    if requests is None and windowfuls is None:
-        requests = 100
-    tokens = None if windowfuls is None else int(windowfuls * 2000)
-    server = StrictServer(requests or math.inf, tokens or math.inf, W)
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[World, int | None, int | None]:
+    """A world with a limit on requests, on tokens or on both."""
+    requests = draw(st.none() | st.integers(1, 600))
+    most_reserved = draw(st.integers(1, 4000))
+    room = st.floats(1.0, 300.0)  # in reservations
+    in_reservations = draw(room if requests is None else st.none() | room)
+    tokens = None if in_reservations is None else math.ceil(in_reservations * most_reserved)
+    most_used, longest_s = draw(st.floats(0.01, 1.0)), draw(st.floats(0.01, 90.0))
     world = World(
-        server,
+        StrictServer(requests or math.inf, tokens or math.inf, W),
         RateLimiter(requests, tokens, lease_timeout_s=30.0),
-        random.Random(seed),
-        num_actors=num_actors,
-        batch=batch,
-        reserve=lambda rng: rng.randint(200, 2000),
+        random.Random(draw(st.integers(0, 2**32))),
+        num_actors=draw(st.integers(1, 8)),
+        batch=draw(st.integers(1, 16)),
+        reserve=lambda rng: rng.randint(1, most_reserved),
         use=lambda rng, reserved: rng.randint(1, max(1, int(reserved * most_used))),
         latency_s=lambda rng: rng.uniform(0.0, longest_s),
-        late_share=late_share,
-        crash_share=crash_share,
-        says=says,
+        late_share=draw(st.sampled_from([0.0, 0.2])),
+        crash_share=draw(st.sampled_from([0.0, 0.05])),
+        says=draw(st.sampled_from(["nothing", "admitted", "answered"])),
     )
+    return world, requests, tokens
+
+
+@settings(max_examples=80, deadline=None)
+@given(worlds(), st.lists(st.floats(0.0, 3.5 * W), max_size=3))
+def test_the_server_sees_no_window_over_a_limit(
+    drawn: tuple[World, int | None, int | None], restarts_s: list[float]
+) -> None:
+    world, requests, tokens = drawn
     for number, time_s in enumerate(restarts_s):
-        world.at(time_s, lambda number=number: restart(world, requests, tokens, number + 1))  # type: ignore[misc]
+        world.at(time_s, partial(restart, world, requests, tokens, number + 1))
     world.start()
     world.run(4 * W)
-    assert server.times_s
-    assert not server.refused_s
+    assert not world.server.refused_s
     if requests is not None:
-        assert server.most_within(W) <= requests
-        assert server.most_within(W / 60) <= math.ceil(2 * requests / 60)
+        assert world.server.most_within(W) <= requests
+        assert world.server.most_within(W / 60) <= math.ceil(2 * requests / 60)
 
 
 @pytest.mark.parametrize("requests", [60, 500, 3000])
@@ -153,7 +141,7 @@ def test_without_limits_or_headers_the_rate_is_found(limit: int) -> None:
     world.start()
     world.run(20 * W)
     taken = sum(5 * W < time_s <= 20 * W for time_s in server.times_s)
-    refused = sum(5 * W < time_s for time_s in server.refused_s)
+    refused = sum(time_s > 5 * W for time_s in server.refused_s)
     assert taken >= 0.75 * 15 * limit
     assert refused <= 0.05 * taken
 
@@ -161,12 +149,22 @@ def test_without_limits_or_headers_the_rate_is_found(limit: int) -> None:
 def test_others_under_the_same_key_are_left_their_share() -> None:
     server = StrictServer(600, math.inf, W)
     world = World(server, RateLimiter(600, None), random.Random(0), says="answered", latency_s=lambda rng: 1.0)
-    for number in range(400):  # 200 a minute, from the start
-        world.at(number * 0.3, lambda: server.admit(world.now_s, 0) and None)
+    refused_s: list[float] = []
+
+    def other() -> None:
+        if server.admit(world.now_s, 0) is None:
+            refused_s.append(world.now_s)
+
+    for number in range(400):  # 200 a minute for two minutes
+        world.at(number * 0.3, other)
     world.start()
     world.run(5 * W)
-    assert len(server.refused_s) <= 3
-    assert sum(time_s > 3 * W for time_s in server.times_s) >= 0.95 * 2 * 600  # they are gone: all of it is ours again
+    # Nobody can know how far others will still grow: some are refused, on both sides, where the sum reaches the limit.
+    assert len(server.refused_s) <= 0.1 * 600
+    assert len(refused_s) <= 0.15 * 400
+    assert sum(1.2 * W < time_s <= 2 * W for time_s in server.times_s) >= 0.85 * 0.8 * 600
+    world.run(9 * W)
+    assert sum(time_s > 7 * W for time_s in server.times_s) >= 0.95 * 2 * 600  # they are gone, all of it is ours
 
 
 def test_slots_are_spread_evenly_and_idle_time_is_not_saved_up() -> None:
@@ -175,7 +173,7 @@ def test_slots_are_spread_evenly_and_idle_time_is_not_saved_up() -> None:
     later = [lease.start_s for lease in drain(limiter, 1000.0, 1010.0)]
     assert first.start_s == 0.0
     assert later[0] == 1000.0
-    gaps = {round(after - before, 6) for before, after in zip(later, later[1:], strict=False)}
+    gaps = {round(after - before, 6) for before, after in pairwise(later)}
     assert gaps == {round(61 / 60, 6)}
 
 
@@ -300,12 +298,23 @@ def test_a_refusal_cuts_the_rate_and_successes_bring_it_back() -> None:
     for lease in leases:
         limiter.settle(lease.id, REFUSED, 2.0)
     cut = limiter.snapshot(2.0).requests_limit
-    assert cut == pytest.approx(75.0)
-    for lease in drain(limiter, 200.0, 260.0):
+    assert cut == pytest.approx(0.75 * 100 * 61 / 2)  # 100 in 2 s
+    for lease in drain(limiter, 200.0, 261.0):
         limiter.settle(lease.id, OK, 261.0)
     grown = limiter.snapshot(261.0).requests_limit
-    assert grown is not None
-    assert 78.0 <= grown <= 81.0  # 0.05 of 100 in a window of successes
+    assert grown == pytest.approx((0.75 + 0.1) * 100 * 61 / 2, rel=0.02)  # after a window of successes
+
+
+def test_a_known_limit_is_cut_by_a_quarter_and_comes_back() -> None:
+    limiter = RateLimiter(600, None)
+    limiter.settle(one(limiter, 0.0).id, REFUSED, 1.0)
+    assert limiter.snapshot(1.0).requests_limit == 450
+    now_s = 100.0
+    while (limit := limiter.snapshot(now_s).requests_limit) != 600 and now_s < 600:
+        for lease in drain(limiter, now_s, now_s + 10.0):
+            limiter.settle(lease.id, OK, now_s + 10.0)
+        now_s += 10.0
+    assert limit == 600
 
 
 def test_the_first_request_goes_alone_where_no_limit_is_known() -> None:
@@ -437,4 +446,4 @@ def test_garbage_in_headers_is_no_error(headers: dict[str, str]) -> None:
     said = parse_limit_headers(headers)
     limiter = RateLimiter(None, None)
     limiter.settle(one(limiter, 0.0).id, Outcome("rate_limited", None, said), 1.0)
-    assert limiter.snapshot(1.0).paused_until_s >= 1.0
+    assert limiter.snapshot(1.0).in_flight == 0

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import json
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from alpaca_ray.generate.parse import Candidate, parse_completion
 from alpaca_ray.prompts import (
+    PromptStyle,
     alpaca_chat_template,
     alpaca_prompt,
     first_number,
     generation_prompt,
     prompt_of,
+    prompt_version,
+    response_format,
     stop_sequence,
 )
 from alpaca_ray.schema import Example, Instance, Reject, SeedTask, read_seed_tasks
@@ -171,3 +176,75 @@ def test_the_stop_sequence_is_the_heading_after_the_last_task_asked_for() -> Non
     assert stop_sequence(20) == "\n21. Instruction:"
     prompt = generation_prompt(SEEDS[:3], num_tasks=3)
     assert prompt.endswith(stop_sequence(3))  # where the next one would begin
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "num_tasks", "sha256"),
+    [
+        (1, 5, "39676987e8d24fc175679d80910a0552194719cfb7f254e8096b51c78a1d6b29"),
+        (3, 20, "951d68e914b9c3382d335219791d3a720cb37841e6eb517a9d1407c446a3317e"),
+    ],
+)
+def test_the_generation_prompt_of_recorded_runs_stays_as_it_is(num_examples: int, num_tasks: int, sha256: str) -> None:
+    prompt = generation_prompt(SEEDS[:num_examples], num_tasks)
+    assert hashlib.sha256(prompt.encode()).hexdigest() == sha256
+
+
+@pytest.mark.parametrize("style", ["chat", "json"])
+def test_the_styles_share_rules_and_examples(style: PromptStyle) -> None:
+    plain = generation_prompt(SEEDS[:3], 20).removesuffix("4. Instruction:")
+    prompt = generation_prompt(SEEDS[:3], 20, style)
+    assert prompt.startswith(plain)
+    ending = prompt.removeprefix(plain)
+    assert "3 of 20 tasks" in ending
+    assert "{" not in ending  # every blank is filled in
+    assert not prompt[-1].isspace()
+
+
+def test_a_chat_prompt_says_where_the_list_goes_on_and_ends() -> None:
+    for num_examples in (1, 5):
+        prompt = generation_prompt(SEEDS[:num_examples], 12, "chat")
+        assert f'Begin with "{num_examples + 1}. Instruction:"' in prompt
+        assert "end with task 12," in prompt
+        assert f"{12 - num_examples} new tasks" in generation_prompt(SEEDS[:num_examples], 12, "json")
+
+
+def objects(schema: object) -> list[dict[str, object]]:
+    """All JSON schemas of objects within a schema."""
+    if isinstance(schema, list):
+        return [found for item in schema for found in objects(item)]
+    if not isinstance(schema, dict):
+        return []
+    return [schema] * (schema.get("type") == "object") + objects(list(schema.values()))
+
+
+def test_the_response_format_is_one_of_openais_strict_mode() -> None:
+    wanted = response_format(17)
+    assert json.loads(json.dumps(wanted)) == wanted
+    assert set(wanted) == {"type", "json_schema"}
+    assert wanted["json_schema"]["strict"] is True
+    schema = wanted["json_schema"]["schema"]
+    assert len(objects(schema)) == 2
+    for each in objects(schema):
+        assert each["additionalProperties"] is False
+        assert each["required"] == list(each["properties"])  # type: ignore[call-overload]
+    assert list(schema["properties"]["tasks"]["items"]["properties"]) == ["instruction", "input", "output"]
+    assert "17" in schema["properties"]["tasks"]["description"]
+    assert not {"minItems", "maxItems", "minLength", "pattern"} & set(json.dumps(wanted).split('"'))
+
+
+def test_an_answer_in_the_response_format_is_parsed() -> None:
+    fields = response_format(1)["json_schema"]["schema"]["properties"]["tasks"]["items"]["required"]
+    answer = json.dumps({"tasks": [dict(zip(fields, ["Name a river.", "", "The Rhine."], strict=True))]})
+    assert parse_completion(answer, "stop", 3, "json") == [Candidate("Name a river.", "", "The Rhine.")]
+
+
+def test_the_prompt_version_names_style_and_text() -> None:
+    folder = resources.files("alpaca_ray") / "prompts"
+    rules, chat_ending = (
+        (folder / name).read_text().removesuffix("\n") for name in ("generate.txt", "generate_chat.txt")
+    )
+    assert prompt_version("alpaca") == "alpaca-" + hashlib.sha256(rules.encode()).hexdigest()[:12]
+    both = f"{rules}\0{chat_ending}"
+    assert prompt_version("chat") == "chat-" + hashlib.sha256(both.encode()).hexdigest()[:12]
+    assert len({prompt_version(style).split("-")[1] for style in ("alpaca", "chat", "json")}) == 3
