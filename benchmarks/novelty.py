@@ -29,17 +29,18 @@ from rouge_score.tokenize import tokenize
 
 from alpaca_ray.generate.novelty import Novelty, NoveltyFilter
 from alpaca_ray.generate.similarity import Similarity, similarity_report
-from alpaca_ray.schema import read_evaluation_tasks, read_seed_tasks
+from alpaca_ray.schema import EvaluationTask, SeedTask, read_evaluation_tasks, read_seed_tasks
 
 THRESHOLD = 0.7
 NUM_NEAREST = 10
 PUBLISHED = 52_000  # about what Alpaca kept
 WITHOUT_NUMBA = sys.maxsize
-FUNCTION_WORDS = frozenset(
+_FUNCTION_WORDS = (
     "a an and any are as at be by can do each every for from give has have how if in into is it its made make more "
     "most name no not of on one or out so that the their them then there they this to two up use using was were what "
-    "when which who why with would write you your".split()
+    "when which who why with would write you your"
 )
+FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
 Result = TypeVar("Result")
 Row = dict[str, Any]
 
@@ -74,9 +75,12 @@ def corpus(size: int, seed: int = 0) -> list[str]:
 
 
 def _real_texts(*, with_answers: bool) -> list[str]:
-    tasks = [*read_seed_tasks(None), *read_evaluation_tasks(None)]
-    answers = [f"{i.input} {i.output}" for t in tasks for i in t.instances] if with_answers else []
-    return [t.instruction for t in tasks] + answers
+    instructions: list[str] = []
+    answers: list[str] = []
+    for task in itertools.chain[SeedTask | EvaluationTask](read_seed_tasks(None), read_evaluation_tasks(None)):
+        instructions.append(task.instruction)
+        answers += [f"{instance.input} {instance.output}" for instance in task.instances]
+    return instructions + answers if with_answers else instructions
 
 
 def _lexicon() -> tuple[list[str], list[float]]:
@@ -151,7 +155,7 @@ def reference(pool: Sequence[str], offers: Sequence[str]) -> Reference:
         if highest > THRESHOLD:
             decisions.append(Novelty(False, highest, texts[scores.index(highest)]))
             continue
-        nearest = sorted(range(len(scores)), key=lambda j: -scores[j])[:NUM_NEAREST]  # noqa: B023 - used at once
+        nearest = [j for _, j in sorted((-score, j) for j, score in enumerate(scores))[:NUM_NEAREST]]
         metadata.append(Similarity([(texts[j], scores[j]) for j in nearest], float(np.mean(scores))))
         decisions.append(Novelty(True, None, ""))
         texts.append(text)
@@ -170,21 +174,22 @@ def cpu_time(work: Callable[[], Result], rounds: int = 3) -> tuple[float, Result
 
 
 def equality(pool: list[str], offers: list[str], found: Reference) -> Iterator[Row]:
-    """Ours against the reference on the same instructions, to the last bit."""
+    """Ours against the reference on the same instructions, to the last bit, compiled and not."""
+    yield from _equality(pool, offers, found, "", compile_at=0)
+    yield from _equality(pool, offers, found, "_without_numba", compile_at=WITHOUT_NUMBA)
+
+
+def _equality(pool: list[str], offers: list[str], found: Reference, form: str, compile_at: int) -> Iterator[Row]:
+    size, peer = len(offers), "rouge_score"
+    ours_s, decisions = cpu_time(lambda: NoveltyFilter(pool, THRESHOLD, compile_at=compile_at).offer_many(offers))
+    yield row(f"decisions_{size}{form}", size - _differences(decisions, found.decisions), (peer, size), "instructions",
+              ("all equal: kept set, order, scores, nearest of duplicates", decisions == found.decisions))  # fmt: skip
+    yield row(f"kept_set_{size}{form}_s", ours_s, (peer, found.cpu_s), "s of CPU",
+              ("at least 100 times faster", found.cpu_s >= 100 * ours_s))  # fmt: skip
     kept = [text for text, decision in zip(offers, found.decisions, strict=True) if decision.kept]
-    size = len(offers)
-    for name, compile_at in (("", 0), ("_without_numba", WITHOUT_NUMBA)):
-        ours_s, decisions = cpu_time(
-            lambda at=compile_at: NoveltyFilter(pool, THRESHOLD, compile_at=at).offer_many(offers)
-        )
-        yield row(f"decisions_{size}{name}", len(found.decisions) - _differences(decisions, found.decisions),
-                  size, f"equal to {size}: kept set, order, scores and nearest of duplicates",
-                  decisions == found.decisions, "instructions")  # fmt: skip
-        yield row(f"kept_set_{size}{name}_s", ours_s, found.cpu_s, "at least 100 times faster",
-                  found.cpu_s >= 100 * ours_s, "s of CPU")  # fmt: skip
-        _, report = cpu_time(lambda at=compile_at: similarity_report(kept, pool, NUM_NEAREST, compile_at=at), 1)
-        yield row(f"metadata_{size}{name}", len(kept) - _differences(report, found.metadata), len(kept),
-                  f"equal to {len(kept)}: nearest, scores, means", report == found.metadata, "instructions")  # fmt: skip
+    report = similarity_report(kept, pool, NUM_NEAREST, compile_at=compile_at)
+    yield row(f"metadata_{size}{form}", len(kept) - _differences(report, found.metadata), (peer, len(kept)),
+              "instructions", ("all equal: nearest, scores, means", report == found.metadata))  # fmt: skip
 
 
 def _differences(ours: Sequence[object], theirs: Sequence[object]) -> int:
@@ -193,18 +198,16 @@ def _differences(ours: Sequence[object], theirs: Sequence[object]) -> int:
 
 def speed(pool: list[str], texts: list[str], pair_s: float) -> Iterator[Row]:
     """At the published size, against the reference's time per pair in this run."""
-    size = len(texts)
+    size, peer_name = len(texts), "rouge_score, extrapolated by pairs"
     kept_s, decisions = cpu_time(lambda: NoveltyFilter(pool, THRESHOLD, compile_at=0).offer_many(texts))
-    growth = np.cumsum([decision.kept for decision in decisions])
-    peer_s = pair_s * float(len(pool) * size + growth.sum())
-    extrapolated = "rouge_score, extrapolated by pairs"
-    yield row(f"kept_set_{size}_s", kept_s, peer_s, "<= 1", kept_s <= 1, "s of CPU", extrapolated)
+    peer = peer_name, pair_s * float(len(pool) * size + np.cumsum([decision.kept for decision in decisions]).sum())
+    yield row(f"kept_set_{size}_s", kept_s, peer, "s of CPU", ("<= 1", kept_s <= 1))
     scan_s, same = cpu_time(lambda: NoveltyFilter(pool, THRESHOLD, compile_at=WITHOUT_NUMBA).offer_many(texts))
-    yield row(f"kept_set_{size}_without_numba_s", scan_s, peer_s, "<= 4, the same decisions",
-              scan_s <= 4 and same == decisions, "s of CPU", extrapolated)  # fmt: skip
+    goal = "<= 4, the same decisions", scan_s <= 4 and same == decisions
+    yield row(f"kept_set_{size}_without_numba_s", scan_s, peer, "s of CPU", goal)
     report_s, _ = cpu_time(lambda: similarity_report(texts, pool, NUM_NEAREST, compile_at=0), 1)
-    peer_s = pair_s * size * (len(pool) + size / 2)
-    yield row(f"metadata_{size}_s", report_s, peer_s, "<= 15", report_s <= 15, "s of CPU", extrapolated)
+    peer = peer_name, pair_s * size * (len(pool) + size / 2)
+    yield row(f"metadata_{size}_s", report_s, peer, "s of CPU", ("<= 15", report_s <= 15))
 
 
 def at_scale(size: int) -> tuple[float, float]:
@@ -214,16 +217,17 @@ def at_scale(size: int) -> tuple[float, float]:
     before = psutil.Process().memory_info().rss
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     cpu_s, _ = cpu_time(lambda: NoveltyFilter([], THRESHOLD).offer_many(texts), 1)
-    peak_kib = next(line.split()[1] for line in Path("/proc/self/status").open() if line.startswith("VmHWM"))
-    return cpu_s, (int(peak_kib) * 1024 - before) / 2**30
+    status = Path("/proc/self/status").read_text()
+    peak_kib = int(status.partition("VmHWM:")[2].split()[0])
+    return cpu_s, (peak_kib * 1024 - before) / 2**30
 
 
 def large(size: int) -> Iterator[Row]:
     with multiprocessing.get_context("spawn").Pool(1) as process:
         cpu_s, growth_gib = process.apply(at_scale, (size,))
     goal_s = 40 * size / 1_000_000
-    yield row(f"kept_set_{size}_s", cpu_s, None, f"<= {goal_s:g}", cpu_s <= goal_s, "s of CPU")
-    yield row(f"kept_set_{size}_peak_gib", growth_gib, None, "<= 1", growth_gib <= 1, "GiB above the instructions")
+    yield row(f"kept_set_{size}_s", cpu_s, None, "s of CPU", (f"<= {goal_s:g}", cpu_s <= goal_s))
+    yield row(f"kept_set_{size}_peak_gib", growth_gib, None, "GiB above the instructions", ("<= 1", growth_gib <= 1))
 
 
 def sharded(pool: list[str], offers: list[str]) -> Iterator[Row]:
@@ -235,15 +239,17 @@ def sharded(pool: list[str], offers: list[str]) -> Iterator[Row]:
     single = NoveltyFilter(pool, THRESHOLD).offer_many(offers)
     decisions = ShardedNoveltyFilter(pool, THRESHOLD, num_shards=3).offer_many(offers)
     ray.shutdown()
-    yield row(f"sharded_{len(offers)}", len(offers) - _differences(decisions, single), len(offers),
-              "the decisions of the single form", decisions == single, "instructions", "NoveltyFilter")  # fmt: skip
+    equal = len(offers) - _differences(decisions, single)
+    goal = "the decisions of the single form", decisions == single
+    yield row(f"sharded_{len(offers)}", equal, ("NoveltyFilter", len(offers)), "instructions", goal)
 
 
-def row(
-    name: str, ours: float, peer: float | None, goal: str, holds: bool, unit: str, peer_name: str = "rouge_score"
-) -> Row:  # fmt: skip
-    ratio = {} if peer is None else {"peer": round(peer, 3), "peer_name": peer_name, "ratio": round(peer / ours, 1)}
-    made = {"name": name, "ours": round(ours, 3), **ratio, "unit": unit, "goal": goal, "holds": bool(holds)}
+def row(name: str, ours: float, peer: tuple[str, float] | None, unit: str, goal: tuple[str, bool]) -> Row:
+    """A row of the result, shown at once; `peer` is a name and a value, `goal` what should be and whether it is."""
+    made: Row = {"name": name, "ours": round(ours, 3)}
+    if peer:
+        made |= {"peer": round(peer[1], 3), "peer_name": peer[0], "ratio": round(peer[1] / ours, 1)}
+    made |= {"unit": unit, "goal": goal[0], "holds": bool(goal[1])}
     print(json.dumps(made), file=sys.stderr, flush=True)
     return made
 

@@ -28,14 +28,14 @@ class Nodes:
         self._temp = Path(tempfile.mkdtemp(prefix="arn", dir="/tmp"))
         (self._temp / "token").write_text(secrets.token_hex(16))
         (self._temp / "token").chmod(0o600)
-        self._gcs_port, self._dashboard_port = free_ports(2)
+        self._gcs_port, self._client_port = free_ports(2)
         self.head: subprocess.Popen[bytes] | None = None
         self.node: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> "Nodes":
         self.head = self._start(
             "--head", f"--port={self._gcs_port}", f"--num-cpus={self._head_cpus}", f"--temp-dir={self._temp}/r",
-            "--ray-client-server-port=0", "--include-dashboard=false",
+            f"--ray-client-server-port={self._client_port}", "--include-dashboard=false",
         )  # fmt: skip
         self.node = self._start_node()
         return self
@@ -86,10 +86,12 @@ class Nodes:
             env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
+        said = ""
         for line in _lines(process):
+            said += line
             if "Ray runtime started" in line:
                 return process
-        raise RuntimeError(f"the node did not start: {' '.join([*command, *options])}")
+        raise RuntimeError(f"the node did not start: {' '.join([*command, *options])}\n{said[-2000:]}")
 
 
 def _lines(process: subprocess.Popen[bytes]) -> Iterator[str]:

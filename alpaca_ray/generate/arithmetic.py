@@ -23,7 +23,7 @@ _PERCENT_OF = re.compile(rf"(?P<share>{_NUMBER}(?<=%)) of (?P<whole>{_NUMBER})(?
 
 # What may stand before a statement and behind it. Any other word may belong to it: "the root of", "and 2 left".
 _FREE_LEFT = re.compile(
-    r"""(?: ^ | \n | [.:;!?,][ \t] | [("'`>|] | \*\* | \b(?:is|are|was|so|thus|then|hence|therefore|because|since|as|that|
+    r"""(?: \n | [.:;!?,][ \t] | [("'`>|] | \*\* | \b(?:is|are|was|so|thus|then|hence|therefore|because|since|as|that|
     which|means|gets?|gives?|have|has|calculate|compute|equation|answer|result|total)[ \t] ) [ \t]*\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -106,11 +106,13 @@ def _power(base: Fraction, exponent: Fraction) -> Fraction:
 
 def _wrong_statements(text: str) -> Iterator[str]:
     """The equations within the text that hold in no reading."""
+    text = f"\n{text}"
     for run in _RUN.finditer(text):
-        parts = _EQUALS.split(_without_marks(text, run))
+        before = text[max(0, run.start() - 40) : run.start()]  # no more, or many statements take time squared
+        parts = _EQUALS.split(_without_marks(run[0], at_line_start=before.rstrip(" \t").endswith("\n")))
         if len(parts) < 2 or not _FREE_RIGHT.match(text, run.end() - (len(run[0]) - len(run[0].rstrip(" \t*")))):
             continue
-        if not _FREE_LEFT.search(text[: run.start()]):
+        if not _FREE_LEFT.search(before):
             parts = parts[1:]  # the first may go on to the left
         for number, (left, right) in enumerate(pairwise(parts), start=2):
             if (_is_sum(left) or _is_sum(right)) and not _holds(left, right, goes_on=number < len(parts)):
@@ -122,11 +124,10 @@ def _wrong_statements(text: str) -> Iterator[str]:
                 yield found[0]
 
 
-def _without_marks(text: str, run: re.Match[str]) -> str:
+def _without_marks(run: str, at_line_start: bool) -> str:
     """The run without the bullet that begins its line and without marks of bold type."""
-    at_line_start = not text[: run.start()].rpartition("\n")[2].strip()
-    found = re.sub(r"^[-+*][ \t]+", "", run[0]) if at_line_start else run[0]
-    return re.sub(r"^\*\*(?=\S)|(?<=\S)\*\*[ \t]*$", "", found)
+    run = re.sub(r"^[-+*][ \t]+", "", run) if at_line_start else run
+    return re.sub(r"^\*\*(?=\S)|(?<=\S)\*\*[ \t]*$", "", run)
 
 
 def _is_sum(part: str) -> bool:

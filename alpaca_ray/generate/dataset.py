@@ -24,6 +24,7 @@ from alpaca_ray.generate.progress import Figures, Progress
 from alpaca_ray.generate.record import FileInfo, Record
 from alpaca_ray.generate.report import render_report
 from alpaca_ray.generate.similarity import similarity_report
+from alpaca_ray.provider.batch import answer_batch, refuse_pending
 from alpaca_ray.provider.budget import Estimate, PilotRow, estimate, price_of
 from alpaca_ray.provider.client import check_access
 from alpaca_ray.provider.gate import GateState
@@ -184,6 +185,12 @@ class _Generation:
         asyncio.run(check_access(self.config.teacher))
         told = f", {len(had)} are in the journal" if had else ""
         log.info("round %d: asking %s for %d completions%s", number, self.config.teacher.model, len(missing), told)
+        batches = self.stage.path("batches")
+        if self.config.mode == "batch":
+            asked = [(row["request"], form.of(row["prompt"], row["seed"])) for row in missing]
+            yield asyncio.run(answer_batch(asked, self.config, base_url, self.journal_place, batches))
+            return
+        refuse_pending(self.run, batches, self.journal)
         table = pa.Table.from_pylist(missing, schema=REQUEST_SCHEMA)
         with Progress(self.figures, Console(stderr=True)):
             yield from ask(table, form, self.config, self.gate, self.journal_place)

@@ -99,22 +99,15 @@ class Query(NamedTuple):
 
 
 @compiled
-def add_all(index: Index, batch: Batch) -> None:
-    """Put every text into the pool."""
-    for i in range(len(batch.starts) - 1):
-        _read_elements(index.counts, index.elements, batch, i)
-        _insert(index, batch, i)
-
-
-@compiled
 def offer_all(index: Index, batch: Batch, barred: Array, threshold: float) -> tuple[Array, Array]:
-    """`PostingsIndex.offer` for texts that there is room for."""
-    nearest, scores = np.empty(len(barred), np.int64), np.empty(len(barred))
-    for i in range(len(batch.starts) - 1):
-        ids = batch.ids[batch.starts[i] : batch.starts[i + 1]]
+    """`PostingsIndex.offer` for texts that there is room for; above a threshold of 1 it puts all into the pool."""
+    nearest, scores = np.full(len(barred), -1), np.zeros(len(barred))
+    for i in range(len(barred)):
         _read_elements(index.counts, index.elements, batch, i)
-        num_found = _find(index, batch, i)
-        nearest[i], scores[i] = _most_similar(index.pool, ids, num_found, threshold)
+        num_found = _find(index, batch, i) if threshold <= 1 else 0
+        if num_found > 0:
+            ids = batch.ids[batch.starts[i] : batch.starts[i + 1]]
+            nearest[i], scores[i] = _most_similar(index.pool, ids, num_found, threshold)
         if nearest[i] < 0 and not barred[i]:
             _insert(index, batch, i)
     return nearest, scores
@@ -137,11 +130,27 @@ def _read_elements(counts: Array, elements: Elements, batch: Batch, i: int) -> N
             element = elements.next_occurrence[element]
         elements.last_user[element] = counts[QUERIES]
         keys[k] = (np.int64(elements.order[element]) << 32) | np.int64(element)
-    keys[:m].sort()
+    _sort(keys, m)
     bits = np.uint64(0)
     for k in range(m - 1, -1, -1):
         bits |= elements.bit[keys[k] & 0xFFFFFFFF]
         batch.suffixes[k] = bits
+
+
+@compiled
+def _sort(keys: Array, m: int) -> None:
+    """Shell sort of the first m keys: there are few."""
+    gap = 1
+    while gap < m // 3:
+        gap = 3 * gap + 1
+    while gap > 0:
+        for i in range(gap, m):
+            key, k = keys[i], i
+            while k >= gap and keys[k - gap] > key:
+                keys[k] = keys[k - gap]
+                k -= gap
+            keys[k] = key
+        gap //= 3
 
 
 @compiled
@@ -283,8 +292,6 @@ def _note(last_asker: Array, found: Array, text: int, query: int, num_found: int
 def _most_similar(pool: Pool, ids: Array, num_found: int, threshold: float) -> tuple[Number, float]:
     """(index, ROUGE-L) of the most similar of the texts found, the first of equals; (-1, 0) if none is above."""
     best, highest = np.int64(-1), 0.0
-    if num_found == 0:
-        return best, highest
     masks = _masks(pool.slot_of, ids)
     for k in range(num_found):
         text = pool.found[k]

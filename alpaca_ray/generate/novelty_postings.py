@@ -32,13 +32,15 @@ from alpaca_ray.generate.tokens import Array, Documents, grown
 
 _FEWEST_TO_SORT = 2048  # texts
 _FEWEST_TO_RANK = 1024  # texts
+_NO_DUPLICATES = 2.0  # a threshold that no ROUGE-L exceeds
+_BLOCK = 8192  # texts that are filed anew at once: room for the worst case of all of them would be much
 
 
 class PostingsIndex:
     """A pool of texts for fast search, compiled. `ScanIndex` gives the same answers."""
 
     def __init__(self, needed: NeededLcs) -> None:
-        keep_on_disk(kernel.add_all, kernel.offer_all, kernel.merge_into)
+        keep_on_disk(kernel.offer_all, kernel.merge_into)
         self._needed = needed
         self._index = _empty()
         self._longest = 0
@@ -49,17 +51,18 @@ class PostingsIndex:
 
     def add(self, documents: Documents) -> None:
         """Put texts into the pool without a decision."""
-        self._make_room(documents)
-        kernel.add_all(self._index, self._batch(documents))
-        self._tidy()
+        self._offer(documents, np.zeros(len(documents.starts) - 1, bool), _NO_DUPLICATES)
 
     def offer(self, documents: Documents, barred: Array) -> tuple[Array, Array]:
         """Decide on each text in turn: (index in the pool of its most similar duplicate or -1, their ROUGE-L or 0).
 
         A text without a duplicate joins the pool, unless it is barred (bool).
         """
+        return self._offer(documents, barred, self._needed.threshold)
+
+    def _offer(self, documents: Documents, barred: Array, threshold: float) -> tuple[Array, Array]:
         self._make_room(documents)
-        answers = kernel.offer_all(self._index, self._batch(documents), barred, self._needed.threshold)
+        answers = kernel.offer_all(self._index, self._batch(documents), barred, threshold)
         self._tidy()
         return answers
 
@@ -124,10 +127,9 @@ class PostingsIndex:
         counts[[TEXTS, PENDING]] = 0
         elements.frequency[:], elements.head[:] = 0, -1
         self._index = self._index._replace(old=_empty().old, recent=_empty().recent)
-        self._make_room(documents)
-        kernel.add_all(self._index, self._batch(documents))
-        self._num_ranked = num_texts
-        self._sort()
+        self._num_ranked, self._num_sorted = num_texts, 0
+        for first in range(0, num_texts, _BLOCK):
+            self.add(documents.part(first, first + _BLOCK))
 
     def _sort(self) -> None:
         """Sort the pending postings in among the recent ones, and those among the old ones once they are many."""

@@ -14,8 +14,6 @@ import ray
 from alpaca_ray.generate.novelty import KEPT, Novelty, TextPool
 from alpaca_ray.generate.tokens import Array
 
-_BATCH = 8192  # candidates that are looked up at once
-
 
 class Shard:
     """A part of the pool. `numbers` are the places of its texts in the whole pool, rising."""
@@ -43,9 +41,11 @@ class ShardedNoveltyFilter:
     among what they let through. The pool itself is never in this process.
     """
 
-    def __init__(self, seed_instructions: Iterable[str], threshold: float = 0.7, *, num_shards: int) -> None:
+    def __init__(
+        self, seed_instructions: Iterable[str], threshold: float = 0.7, *, num_shards: int, batch_size: int = 8192
+    ) -> None:
         TextPool(threshold)  # a threshold that cannot be fails here rather than in an actor
-        self._threshold = threshold
+        self._threshold, self._batch_size = threshold, batch_size
         self._shards: list[Any] = [ray.remote(Shard).remote(threshold) for _ in range(num_shards)]
         self._size = 0
         self.add_many(list(seed_instructions))
@@ -61,7 +61,8 @@ class ShardedNoveltyFilter:
 
     def offer_many(self, instructions: Sequence[str]) -> list[Novelty]:
         """Decide on each instruction in turn; kept ones join the pool."""
-        batches = [instructions[first : first + _BATCH] for first in range(0, len(instructions), _BATCH)]
+        size = self._batch_size
+        batches = [instructions[first : first + size] for first in range(0, len(instructions), size)]
         return [novelty for batch in batches for novelty in self._offer(batch)]
 
     def _offer(self, instructions: Sequence[str]) -> list[Novelty]:

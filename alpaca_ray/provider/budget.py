@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from alpaca_ray.config import LimitsConfig, Price, UserError
+from alpaca_ray.config import BudgetConfig, LimitsConfig, Price, UserError
 
 PICO = 10**12
 FRAMING_TOKENS = 64  # what a chat template adds to a prompt's text: OpenAI's about 10, those of open models up to 50
@@ -132,6 +132,17 @@ class Budget:
     def _cost(self, charge: Charge) -> Spent:
         prompt = charge.prompt_tokens * self._prompt_pico_usd
         return Spent(prompt + charge.completion_tokens * self._completion_pico_usd, charge.tokens)
+
+
+def exhausted(limits: BudgetConfig, spent: Spent) -> str:
+    """Why a run has stopped at its budget, and how it goes on."""
+    named = [f"generate.budget.max_usd={limits.max_usd:g}"] if limits.max_usd is not None else []
+    named += [f"generate.budget.max_tokens={limits.max_tokens}"] if limits.max_tokens is not None else []
+    return (
+        f"the budget is spent: {' and '.join(named)} has no room for the worst case of one more request "
+        f"(spent so far: {spent.usd:.4f} USD, {spent.tokens} tokens). The answers are kept; the same command with a "
+        "higher budget goes on and pays for nothing again"
+    )
 
 
 class Range(NamedTuple):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.config import GenerateConfig, LimitsConfig, UserError
-from alpaca_ray.provider.budget import Budget, Charge, Spent, pico_usd, price_of
+from alpaca_ray.provider.budget import Budget, Charge, Spent, exhausted, pico_usd, price_of
 from alpaca_ray.provider.client import FATAL_ERRORS, FINAL_ERRORS, UNKNOWN_COST_ERRORS
 from alpaca_ray.provider.journal import Journal
 from alpaca_ray.provider.limiter import Grant, LimiterState, LimitHeaders, Outcome, RateLimiter, Status, cool_down_s
@@ -144,7 +144,9 @@ class Gate:
             self._hold(ask.key, lease.id, lease.start_s + self._config.teacher.timeout_s + _LEASE_MARGIN_S)
             permits.append(Permit(ask.key, lease.id, lease.start_s - now_s))
         waits_for_budget = len(reserved) < len(asks) - len(replay)
-        return Permits(tuple(permits), replay, retry_in_s=grant.retry_in_s or (BUDGET_RETRY_S if waits_for_budget else 0.0))
+        return Permits(
+            tuple(permits), replay, retry_in_s=grant.retry_in_s or (BUDGET_RETRY_S if waits_for_budget else 0.0)
+        )
 
     def give_back(self, permits: Iterable[Permit]) -> None:
         """Leases that were not used."""
@@ -210,7 +212,7 @@ class Gate:
                 reserved.append(ask)
                 continue
             if verdict == "exhausted":
-                self.stop(self._exhausted())
+                self.stop(exhausted(self._config.budget, self._books.spent))
             break
         return reserved
 
@@ -278,16 +280,6 @@ class Gate:
                 f"{failed} of {total} requests were given up, the last for {report.error} ({report.detail}); "
                 "generate.max_failed_share allows fewer. The answers are kept, and the same command asks again"
             )
-
-    def _exhausted(self) -> str:
-        budget, spent = self._config.budget, self._books.spent
-        limits = [f"generate.budget.max_usd={budget.max_usd:g}"] if budget.max_usd is not None else []
-        limits += [f"generate.budget.max_tokens={budget.max_tokens}"] if budget.max_tokens is not None else []
-        return (
-            f"the budget is spent: {' and '.join(limits)} has no room for the worst case of one more request "
-            f"(spent so far: {spent.usd:.4f} USD, {spent.tokens} tokens). The answers are kept; the same command with a "
-            "higher budget goes on and pays for nothing again"
-        )
 
 
 def _wait_s(limits: LimitsConfig, restarted: bool, quiet_s: float) -> float:

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from alpaca_ray.generate import novelty_shards
 from alpaca_ray.generate.novelty import NoveltyFilter
 from alpaca_ray.generate.novelty_shards import ShardedNoveltyFilter
 
@@ -16,10 +15,10 @@ def made(size: int, seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("num_shards", [1, 3])
-def test_shards_decide_as_one_filter(num_shards: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(novelty_shards, "_BATCH", 150)  # several batches, the last one not full
+def test_shards_decide_as_one_filter(num_shards: int) -> None:
+    """In several batches, the last one not full."""
     seeds, rounds = made(40, 0), [made(400, 1), made(1, 2), [], made(300, 3)]
-    single, sharded = NoveltyFilter(seeds), ShardedNoveltyFilter(seeds, num_shards=num_shards)
+    single, sharded = NoveltyFilter(seeds), ShardedNoveltyFilter(seeds, num_shards=num_shards, batch_size=150)
     for offers in rounds:
         assert sharded.offer_many(offers) == single.offer_many(offers)
 

@@ -23,7 +23,7 @@ def alpacas(kept: Sequence[str], pool: Sequence[str], num_nearest: int) -> list[
     earlier, report = list(pool), []
     for text in kept:
         scores = [float(_score_lcs(tokenize(text, None), tokenize(other, None)).fmeasure) for other in earlier]
-        nearest = sorted(range(len(scores)), key=lambda j, scores=scores: (-scores[j], j))[:num_nearest]
+        nearest = [j for _, j in sorted((-score, j) for j, score in enumerate(scores))[:num_nearest]]
         mean = float(np.mean(scores)) if scores else 0.0
         report.append(Similarity([(earlier[j], scores[j]) for j in nearest], mean))
         earlier.append(text)
