@@ -38,7 +38,7 @@ REQUESTS_PER_MINUTE = 900
 def job(referee: RefereeProcess, storage: Path, num_instructions: int, *options: str) -> list[str]:
     return [
         sys.executable, "jobs/generate.py", "--recipe", "tiny_cpu", "--name", "kills", "--storage-path", str(storage),
-        "--generate.num-instructions", str(num_instructions), "--generate.requests-per-round", "400",
+        "--generate.num-instructions", str(num_instructions), "--generate.requests-per-round", "150",
         "--generate.max-requests", "100000", "--generate.num-actors", "3",
         "--generate.teacher.model", "referee", "--generate.teacher.base-url", referee.base_url,
         "--generate.teacher.timeout-s", "20", "--generate.placement.num-cpus", "1",
@@ -88,13 +88,17 @@ def kill(target: str, cluster: Nodes, driver: Driver, rng: random.Random) -> boo
     return True
 
 
-def disturbed(cluster: Nodes, referee: RefereeProcess, driver: Driver, plan: list[tuple[int, str]], seed: int) -> Counter[str]:
+def disturbed(
+    cluster: Nodes, referee: RefereeProcess, driver: Driver, plan: list[tuple[int, str]], seed: int
+) -> Counter[str]:
     """Run to the end; kill each target once the referee has paid for so many requests."""
     rng, done = random.Random(seed), Counter[str]()
     while not driver.finished():
         if plan and referee.summary()["requests"] >= plan[0][0] and kill(plan[0][1], cluster, driver, rng):
             done[plan.pop(0)[1]] += 1
-            print(f"{sum(done.values())} kills: {dict(done)}, {referee.summary()['requests']} requests", file=sys.stderr)
+            print(
+                f"{sum(done.values())} kills: {dict(done)}, {referee.summary()['requests']} requests", file=sys.stderr
+            )
         time.sleep(POLL_S)
     return done
 
@@ -131,12 +135,12 @@ def main() -> int:
             quiet = Driver(job(referee, here / "quiet", num_instructions), environment, here / "quiet.log")
             while not quiet.finished():
                 time.sleep(POLL_S)
-            needed = referee.summary()["requests"]
+            needed = sum(entry["method"] == "POST" for entry in referee.ledger())
             print(f"undisturbed: {needed} requests", file=sys.stderr)
             referee.reset()
             limits = {"requests_per_minute": REQUESTS_PER_MINUTE}
             referee.configure(limits=limits)
-            points = sorted(rng.sample(range(needed // 50, int(needed * 0.97)), kills))
+            points = [int((k + rng.random()) * 0.97 * needed / kills) for k in range(kills)]
             kinds = rng.choices(list(TARGETS), list(TARGETS.values()), k=kills)
             options = ["--generate.limits.requests-per-minute", str(REQUESTS_PER_MINUTE)]
             driver = Driver(job(referee, here / "kills", num_instructions, *options), environment, here / "kills.log")
@@ -146,15 +150,15 @@ def main() -> int:
         late, twice = violations(ledger, list(records(run, "generate/journal")))
         manifest = run.read_json("generate/manifest.json")
         same = dataset_hash(here / "kills") == dataset_hash(here / "quiet")
-    paid = sum(entry["status"] != 429 for entry in ledger)
+    paid = sum(entry["method"] == "POST" and entry["status"] != 429 for entry in ledger)
     rows = [
         {"name": "kills", "ours": sum(done.values()), "by_target": dict(done), "driver_starts": driver.starts,
          "unit": "SIGKILLs", "goal": f">= {kills}", "holds": sum(done.values()) >= kills},
         {"name": "second_requests_for_journaled_answers", "ours": late, "unit": "requests", "goal": "0",
          "holds": late == 0},
         {"name": "answers_journaled_twice", "ours": twice, "unit": "answers", "goal": "0", "holds": twice == 0},
-        {"name": "repaid_in_flight", "ours": paid - needed, "peer": needed, "peer_name": "requests of a run nobody disturbed",
-         "ratio": round((paid - needed) / needed, 4), "as_counted_by_the_run": manifest["counts"]["repaid"],
+        {"name": "repaid_in_flight", "ours": paid - needed, "peer": needed, "peer_name": "the undisturbed run's requests",
+         "ratio": round((paid - needed) / needed, 4), "counted_by_the_run": manifest["counts"]["repaid"],
          "unit": "requests", "goal": "at most those in flight: 36 a kill", "holds": paid - needed <= 36 * kills},
         {"name": "refused_for_the_rate", "ours": summary["by_status"].get("429", 0), "unit": "429s", "goal": "0",
          "holds": summary["by_status"].get("429", 0) == 0},

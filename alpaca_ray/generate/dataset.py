@@ -206,14 +206,16 @@ class _Generation:
         """A stopped run and a round with too many failures end here; what was answered is in the journal."""
         stopped = next((row["error_detail"] for row in rows if row["error"] == NOT_ASKED), None)
         state = self.gate.state()
-        if stopped is not None or (state is not None and state.stopped is not None):
-            raise UserError(stopped or state.stopped)  # type: ignore[union-attr]
+        stopped = stopped or (state.stopped if state else None)
+        if stopped:
+            raise UserError(stopped)
         failed = [row for row in rows if row["text"] is None]
         if len(failed) > self.config.max_failed_share * len(rows):
             errors = dict(Counter(row["error"] for row in failed))
             raise UserError(
-                f"{len(failed)} of {len(rows)} requests of a round failed: {errors}, last: {failed[-1]['error_detail']}. "
-                "generate.max_failed_share allows fewer; the answers are kept, and the same command asks again"
+                f"{len(failed)} of {len(rows)} requests of a round failed: {errors}, the last with "
+                f"{failed[-1]['error_detail']}. generate.max_failed_share allows fewer; the answers are kept, and the "
+                "same command asks again"
             )
 
     def figures(self) -> Figures:

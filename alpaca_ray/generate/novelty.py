@@ -16,7 +16,7 @@ from alpaca_ray.generate.novelty_scan import ScanIndex
 from alpaca_ray.generate.rouge import NeededLcs, rouge_l
 from alpaca_ray.generate.tokens import Array, Documents, Vocabulary
 
-__all__ = ["COMPILE_AT", "Novelty", "NoveltyFilter", "TextPool", "rouge_l"]
+__all__ = ["COMPILE_AT", "KEPT", "Novelty", "NoveltyFilter", "TextPool", "rouge_l"]
 
 log = logging.getLogger("alpaca_ray")
 

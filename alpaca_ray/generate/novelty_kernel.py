@@ -336,21 +336,3 @@ def _lcs(slot_of: Array, masks: Array, other: Array) -> int:
     for k in range(num_words):
         length += _popcount(~state[k])
     return length
-
-
-@compiled
-def merge_into(old: Sorted, new: Pending, by_key: Array, merged: Sorted) -> None:
-    """Two lists of postings, the second in the order `by_key`, into one; `merged.first` is given."""
-    j = 0
-    for element in range(len(merged.first) - 1):
-        i, stop = np.int64(0), np.int64(0)
-        if element + 1 < len(old.first):
-            i, stop = old.first[element], old.first[element + 1]
-        for k in range(merged.first[element], merged.first[element + 1]):
-            other = by_key[min(j, len(by_key) - 1)]
-            if i == stop or (j < len(by_key) and new.element[other] == element and new.place[other] < old.place[i]):
-                merged.place[k], merged.bits[k], merged.text[k] = new.place[other], new.bits[other], new.text[other]
-                j += 1
-            else:
-                merged.place[k], merged.bits[k], merged.text[k] = old.place[i], old.bits[i], old.text[i]
-                i += 1

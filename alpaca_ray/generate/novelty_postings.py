@@ -40,7 +40,7 @@ class PostingsIndex:
     """A pool of texts for fast search, compiled. `ScanIndex` gives the same answers."""
 
     def __init__(self, needed: NeededLcs) -> None:
-        keep_on_disk(kernel.offer_all, kernel.merge_into)
+        keep_on_disk(kernel.offer_all)
         self._needed = needed
         self._index = _empty()
         self._longest = 0
@@ -134,26 +134,37 @@ class PostingsIndex:
     def _sort(self) -> None:
         """Sort the pending postings in among the recent ones, and those among the old ones once they are many."""
         counts, elements, _, old, recent, pending = self._index
-        new = Pending(*(a[: counts[PENDING]] for a in pending))
-        recent = _merged(recent, new, np.argsort(new.element.astype(np.uint64) << np.uint64(32) | new.place))
+        size = int(counts[PENDING])
+        recent = _merged(recent, pending.element[:size], pending.place[:size], pending.bits[:size], pending.text[:size])
         if len(recent.place) >= len(old.place) // 8:
-            element = np.repeat(np.arange(len(recent.first) - 1), np.diff(recent.first))
-            new = Pending(new.link, element.astype(np.int32), recent.place, recent.bits, recent.text)
-            old, recent = _merged(old, new, np.arange(len(element))), _empty().recent
+            old, recent = _merged(old, _elements_of(recent), *recent[1:]), _empty().recent
         elements.head[:] = -1
         counts[PENDING] = 0
         self._index = self._index._replace(old=old, recent=recent)
         self._num_sorted = len(self)
 
 
-def _merged(old: Sorted, new: Pending, by_key: Array) -> Sorted:
-    """Both lists of postings as one; `by_key` is the order of the second."""
-    sizes = np.bincount(new.element, minlength=len(old.first) - 1)
+def _merged(old: Sorted, element: Array, place: Array, bits: Array, text: Array) -> Sorted:
+    """The sorted postings and others, in any order, as one."""
+    key = _key(element, place)
+    by_key = np.argsort(key)
+    at = np.searchsorted(_key(_elements_of(old), old.place), key[by_key]) + np.arange(len(key))
+    is_old = np.ones(len(old.place) + len(key), bool)
+    is_old[at] = False
+    columns = [np.empty(len(is_old), column.dtype) for column in old[1:]]
+    for column, before, more in zip(columns, old[1:], (place, bits, text), strict=True):
+        column[at], column[is_old] = more[by_key], before
+    sizes = np.bincount(element, minlength=len(old.first) - 1)
     sizes[: len(old.first) - 1] += np.diff(old.first)
-    first = np.concatenate(([0], np.cumsum(sizes)))
-    merged = Sorted(first, *(np.empty(first[-1], a.dtype) for a in old[1:]))
-    kernel.merge_into(old, new, by_key, merged)
-    return merged
+    return Sorted(np.concatenate(([0], np.cumsum(sizes))), *columns)
+
+
+def _elements_of(postings: Sorted) -> Array:
+    return np.repeat(np.arange(len(postings.first) - 1), np.diff(postings.first))
+
+
+def _key(element: Array, place: Array) -> Array:
+    return element.astype(np.uint64) << np.uint64(32) | place
 
 
 def _empty() -> Index:

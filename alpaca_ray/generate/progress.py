@@ -39,8 +39,15 @@ class Figures:
 class Progress:
     """Shows `figures()` until the block is left. The time left is judged by what was kept since it was entered."""
 
-    def __init__(self, figures: Callable[[], Figures], console: Console, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        figures: Callable[[], Figures],
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+        every_s: float | None = None,
+    ) -> None:
         self._figures, self._console, self._clock = figures, console, clock
+        self._every_s = every_s or (LIVE_EVERY_S if console.is_terminal else LINE_EVERY_S)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._show, name="progress", daemon=True)
         self._started_s, self._kept_before = clock(), 0
@@ -65,12 +72,12 @@ class Progress:
 
     def _show(self) -> None:
         if not self._console.is_terminal:
-            while not self._ended.wait(LINE_EVERY_S):
+            while not self._ended.wait(self._every_s):
                 figures = self._figures()
                 log.info("%s", line(figures, self.left_s(figures)))
             return
         with Live(console=self._console, auto_refresh=False, transient=True) as live:
-            while not self._ended.wait(LIVE_EVERY_S):
+            while not self._ended.wait(self._every_s):
                 figures = self._figures()
                 live.update(table(figures, self.left_s(figures)), refresh=True)
 

@@ -32,7 +32,7 @@ class NeededLcs:
     def __init__(self, threshold: float) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"the novelty threshold is {threshold}, but ROUGE-L lies between 0 and 1")
-        self.threshold = threshold
+        self.threshold = float(threshold)
         self._longest = 64
         self._rows: dict[int, Array] = {}
 

@@ -78,7 +78,7 @@ async def answer_batch(  # noqa: PLR0913 - the places that it reads and writes
 
 
 def refuse_pending(run: RunDirectory, directory: str, journal: Journal) -> None:
-    """Raises UserError while a batch is pending: what it will answer would be paid for twice if asked online as well."""
+    """Raises UserError while a batch is pending: asked online as well, its requests would be paid for twice."""
     for state in read_states(run, directory):
         if state.ended is None and any(journal.answer(key) is None for key in state.worst):
             raise UserError(

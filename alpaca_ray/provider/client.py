@@ -144,7 +144,7 @@ def completion_of(response: Any, teacher: TeacherConfig, key: str) -> Completion
 
 def same_model(asked: str, answered: str) -> bool:
     """Whether the model that answered is the one asked for: itself, a dated version, or with its organisation."""
-    asked, answered = asked.split("/")[-1], answered.split("/")[-1]
+    asked, answered = asked.rpartition("/")[2], answered.rpartition("/")[2]
     return re.fullmatch(rf"{re.escape(asked)}(-\d[\d-]*)?", answered) is not None
 
 

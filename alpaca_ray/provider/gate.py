@@ -42,7 +42,7 @@ class Permit:
 
 @dataclass(frozen=True)
 class Permits:
-    """`replay`: keys that someone else has sent before, look into the journal first. `stopped`: why nothing goes out."""
+    """`replay`: keys that someone else has sent before, see the journal first. `stopped`: why nothing goes out."""
 
     granted: tuple[Permit, ...] = ()
     replay: tuple[str, ...] = ()
@@ -65,7 +65,7 @@ class Report:
 
 @dataclass(frozen=True)
 class GateState:
-    """For progress views. `failed`: requests given up; `retried`: attempts that came to nothing but were tried again."""
+    """For progress views. `failed`: requests given up; `retried`: attempts that failed and were made again."""
 
     limiter: LimiterState
     answered: int

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -148,7 +148,7 @@ def ask(
     )
     # No prefetch: a block would be held back until the next one is there.
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        yield batch.to_pylist()
+        yield cast(pa.Table, batch).to_pylist()
 
 
 def base_url_of(config: GenerateConfig) -> str:

@@ -40,7 +40,10 @@ def body(request: Request, teacher: TeacherConfig) -> dict[str, Any]:
     values: dict[str, Any] = {"model": teacher.model, "temperature": teacher.temperature, "top_p": teacher.top_p}
     if request.chat:
         # OpenAI's reasoning models refuse max_tokens in chats.
-        values |= {"messages": [{"role": "user", "content": request.prompt}], "max_completion_tokens": teacher.max_tokens}
+        values |= {
+            "messages": [{"role": "user", "content": request.prompt}],
+            "max_completion_tokens": teacher.max_tokens,
+        }
     else:
         values |= {"prompt": request.prompt, "max_tokens": teacher.max_tokens}
     values["seed"] = request.seed

@@ -59,7 +59,7 @@ class Queue:
 
     async def turn(self, ask: Ask) -> Turn:
         """Wait until the gate lets this request out."""
-        future = asyncio.get_running_loop().create_future()
+        future: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
         self._asking.append((ask, future))
         if self._asker is None or self._asker.done():
             self._asker = asyncio.create_task(self._ask())

@@ -100,6 +100,21 @@ def test_chat_models_give_a_dataset_too(referee: RefereeProcess, tmp_path: Path,
     assert {entry["route"] for entry in paid(referee)} == {"/v1/chat/completions"}
 
 
+def test_batches_give_the_same_dataset_at_half_the_price(referee: RefereeProcess, tmp_path: Path) -> None:
+    referee.configure(batches={"polls_per_step": 0})  # done when it is first asked about, so that nothing waits
+    batched = done(referee, tmp_path / "batched", "--generate.mode", "batch")
+    ledger = referee.ledger()
+    assert all(entry["batch"] for entry in ledger if "completions" in entry["route"])
+    referee.reset()
+    online = done(referee, tmp_path / "online")
+    assert outputs(batched) == outputs(online)
+    assert batched.manifest is not None
+    assert online.manifest is not None
+    assert batched.manifest["counts"]["repaid"] == 0
+    assert batched.manifest["counts"]["usd"] == pytest.approx(sum(entry["usd"] for entry in ledger), abs=1e-6)
+    assert batched.manifest["counts"]["usd"] == pytest.approx(online.manifest["counts"]["usd"] / 2, abs=1e-6)
+
+
 def test_the_dataset_does_not_depend_on_the_number_of_actors(referee: RefereeProcess, tmp_path: Path) -> None:
     one = done(referee, tmp_path / "one", "--generate.num-actors", "1")
     two = done(referee, tmp_path / "two", "--generate.num-actors", "2")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import mlcroissant  # type: ignore[import-untyped]
+import mlcroissant
 import pyarrow.parquet as pq
 import pytest
 

@@ -161,7 +161,7 @@ def test_a_full_disk_is_an_error_and_spoils_no_later_line(tmp_path: Path) -> Non
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + 300, unlimited[1]))
     try:
-        with pytest.raises(OSError, match="space|large"):
+        with pytest.raises(OSError, match=r"space|large"):
             asyncio.run(answer(writer, "b", completion("large" * 1000)))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
