@@ -3,7 +3,7 @@
 python benchmarks/peers/asyncio_loop.py BODIES OUT --concurrency 64 [--requests-per-minute R] [--tokens-per-minute T]
 
 BODIES: a JSON object a line, bodies of the completions API. OPENAI_BASE_URL and OPENAI_API_KEY say where to. A bucket
-holds one second's worth or one request; tokens are taken as prompt + max_tokens, for the real number is not known before.
+holds one second's worth or one request. Tokens are taken as prompt + max_tokens: the real number is not known before.
 """
 
 import argparse

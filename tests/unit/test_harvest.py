@@ -41,7 +41,8 @@ def harvest(**changes: Any) -> Harvest:
 def test_every_task_is_kept_with_lineage_or_rejected_with_a_reason() -> None:
     result = harvest()
     result.add(*answer(TASKS))
-    assert [row["instruction"] for row in result.kept] == [list(TASKS)[0], list(TASKS)[5]]
+    instructions = list(TASKS)
+    assert [row["instruction"] for row in result.kept] == [instructions[0], instructions[5]]
     assert [(reject["position"], reject["reason"]) for reject in result.rejects] == [
         (1, "duplicate"), (2, "duplicate"), (3, "contaminated"), (4, "blocked_word")
     ]  # fmt: skip
