@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from rapidfuzz.distance import LCSseq
-from rouge_score.tokenize import tokenize
-
 from alpaca_ray.generate.parse import Candidate
+from alpaca_ray.generate.rouge import rouge_l
+from alpaca_ray.generate.tokens import tokenize
 from alpaca_ray.schema import EvaluationTask
 
 CONTAMINATED = "contaminated"
@@ -30,10 +29,10 @@ class ContaminationFilter:
 
     def __init__(self, evaluation_tasks: Sequence[EvaluationTask], threshold: float = 0.7) -> None:
         self._threshold = threshold
-        self._instructions = [(task, _tokens(task.instruction)) for task in evaluation_tasks]
+        self._instructions = [(task, tokenize(task.instruction)) for task in evaluation_tasks]
         self._ngrams: dict[int, dict[tuple[str, ...], EvaluationTask]] = {}  # by length; shorter texts as a whole
         for task in evaluation_tasks:
-            tokens = _tokens("\n".join([task.instruction, *(t for i in task.instances for t in (i.input, i.output))]))
+            tokens = tokenize("\n".join([task.instruction, *(t for i in task.instances for t in (i.input, i.output))]))
             length = min(len(tokens), MAX_NGRAM)
             if length >= MIN_NGRAM:
                 known = self._ngrams.setdefault(length, {})
@@ -46,14 +45,14 @@ class ContaminationFilter:
 
     def match(self, candidate: Candidate) -> Contamination | None:
         """The evaluation task that the candidate repeats: the nearest by ROUGE-L, else the first with an n-gram."""
-        tokens = _tokens(candidate.instruction)
+        tokens = tokenize(candidate.instruction)
         scored = [
-            (_rouge_l(tokens, other), task) for task, other in self._instructions if self._may_match(tokens, other)
+            (rouge_l(tokens, other), task) for task, other in self._instructions if self._may_match(tokens, other)
         ]
         score, nearest = max(scored, key=lambda pair: pair[0], default=(0.0, None))
         if nearest is not None and score > self._threshold:
             return Contamination(nearest.id, nearest.instruction, score)
-        tokens += _tokens(f"{candidate.input}\n{candidate.output}")
+        tokens += tokenize(f"{candidate.input}\n{candidate.output}")
         shared = (known.get(ngram) for length, known in self._ngrams.items() for ngram in _ngrams(tokens, length))
         task = next((task for task in shared if task is not None), None)
         return Contamination(task.id, task.instruction, None) if task else None
@@ -63,19 +62,5 @@ class ContaminationFilter:
         return 2 * min(len(a), len(b)) > 0.999 * self._threshold * (len(a) + len(b))
 
 
-def _rouge_l(a: Sequence[str], b: Sequence[str]) -> float:
-    """ROUGE-L F-measure in rouge_score's own float arithmetic: a tie at the threshold falls as it does there."""
-    if not a or not b:
-        return 0.0
-    length = LCSseq.similarity(a, b)
-    precision, recall = length / len(b), length / len(a)
-    return 2 * precision * recall / (precision + recall) if length else 0.0
-
-
 def _ngrams(tokens: Sequence[str], length: int) -> Iterator[tuple[str, ...]]:
     return (tuple(tokens[start : start + length]) for start in range(len(tokens) - length + 1))
-
-
-def _tokens(text: str) -> list[str]:
-    tokens: list[str] = tokenize(text, None)  # rouge_score's default: lower case, [a-z0-9]+, no stemmer
-    return tokens

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from alpaca_ray.config import GenerateConfig
-from alpaca_ray.generate.contamination import ContaminationFilter
+from alpaca_ray.generate.contamination import CONTAMINATED, ContaminationFilter
 from alpaca_ray.generate.filters import reject_reason
 from alpaca_ray.generate.novelty import NoveltyFilter
 from alpaca_ray.generate.parse import Candidate, parse_completion
@@ -49,34 +49,40 @@ class Harvest:
         parsed = parse_completion(
             completion["text"], completion["finish_reason"], config.num_examples_per_prompt, config.prompt_style
         )
-        for position, item in enumerate(parsed):
-            self._judge(item, {"request": request["request"], "position": position}, lineage)
+        rejected = [self._judge(item) for item in parsed]
+        sound = [
+            item for item, reject in zip(parsed, rejected, strict=True) if isinstance(item, Candidate) and not reject
+        ]
+        novelties = iter(self.novelty.offer_many([item.instruction for item in sound]))
+        for position, (item, fault) in enumerate(zip(parsed, rejected, strict=True)):
+            where = {"request": request["request"], "position": position}
+            novelty = None if fault else next(novelties)
+            reject = fault
+            if self.full and isinstance(item, Candidate):
+                reject = _row("surplus", item)
+            elif novelty and not novelty.kept:
+                reject = _row("duplicate", item, rouge_l=novelty.rouge_l, nearest=novelty.nearest)
+            if reject:
+                self.rejects.append({**where, **reject})
+                self.reasons[reject["reason"]] += 1
+            else:
+                row_id = f"{where['request']:06d}-{position:02d}"
+                self.kept.append({"id": row_id, **asdict(item), **where, **lineage})
 
-    def _judge(self, item: Candidate | Reject, where: dict[str, int], lineage: dict[str, Any]) -> None:
+    def _judge(self, item: Candidate | Reject) -> dict[str, Any] | None:
+        """What speaks against an item but its novelty: columns of REJECT_SCHEMA; None if nothing does."""
+        skip = self.config.skip_filters
         if isinstance(item, Reject):
-            self._reject(where, item.reason, item.text)
-        elif self.full:
-            self._reject(where, "surplus", _text(item))
-        elif reason := reject_reason(item, self.config.skip_filters):
-            self._reject(where, reason, _text(item))
-        elif "contaminated" not in self.config.skip_filters and (found := self.contamination.match(item)):
-            self._reject(where, "contaminated", _text(item), rouge_l=found.rouge_l, nearest=found.instruction)
-        else:
-            self._offer(item, where, lineage)
-
-    def _offer(self, item: Candidate, where: dict[str, int], lineage: dict[str, Any]) -> None:
-        novelty = self.novelty.offer(item.instruction)
-        if novelty.kept:
-            row_id = f"{where['request']:06d}-{where['position']:02d}"
-            self.kept.append({"id": row_id, **asdict(item), **where, **lineage})
-        else:
-            self._reject(where, "duplicate", _text(item), rouge_l=novelty.rouge_l, nearest=novelty.nearest)
-
-    def _reject(self, where: dict[str, int], reason: str, text: str, **similar: Any) -> None:
-        self.rejects.append({**where, "reason": reason, "text": text, **similar})
-        self.reasons[reason] += 1
+            return asdict(item)
+        if reason := reject_reason(item, skip):
+            return _row(reason, item)
+        if CONTAMINATED not in skip and (found := self.contamination.match(item)):
+            return _row(CONTAMINATED, item, rouge_l=found.rouge_l, nearest=found.instruction)
+        return None
 
 
-def _text(candidate: Candidate) -> str:
-    """A rejected candidate as one text."""
-    return f"Instruction: {candidate.instruction}\nInput: {candidate.input}\nOutput: {candidate.output}"
+def _row(reason: str, item: Candidate | Reject, **similar: Any) -> dict[str, Any]:
+    """A rejected candidate, as one text."""
+    assert isinstance(item, Candidate)
+    text = f"Instruction: {item.instruction}\nInput: {item.input}\nOutput: {item.output}"
+    return {"reason": reason, "text": text, **similar}

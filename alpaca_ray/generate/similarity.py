@@ -1,7 +1,7 @@
 """How similar each instruction is to all before it, as Stanford Alpaca's metadata has it.
 
 All pairs, so a pass of its own after the dataset is complete, over blocks of rows. Quadratic: seconds for 50,000
-instructions, half an hour or more for a million.
+instructions, an hour for a million.
 """
 
 import logging
