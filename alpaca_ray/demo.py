@@ -23,6 +23,7 @@ RECIPE = "tiny_cpu"
 TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
 QUESTION = "Explain what a rainbow is."
 DEPLOY_TIMEOUT_S = 300
+REQUESTS_PER_MINUTE = 6000
 
 
 def up(directory: Path) -> int:
@@ -44,6 +45,8 @@ def up(directory: Path) -> int:
             _deploy(cluster, directory, (EMBEDDED, TEACHER) if stage == "generate" else None)
         if stage == "generate":
             overrides += ["--generate.teacher.base-url", f"{cluster.serve_url}/v1"]
+            # Our server has no limit and names none. Were it unknown, the first request would go alone, to find out.
+            overrides += ["--generate.limits.requests-per-minute", str(REQUESTS_PER_MINUTE)]
         _say(f"{stage}: ray job submit -- python jobs/{stage}.py --recipe {RECIPE}")
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())

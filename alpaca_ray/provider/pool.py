@@ -3,6 +3,7 @@
 import asyncio
 import math
 import os
+import warnings
 from collections.abc import Awaitable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any, cast
@@ -40,7 +41,9 @@ class LimiterActor(Gate):
     """The gate as an actor. Ray restarts it; the calls that were under way are made again."""
 
     def __init__(self, config: GenerateConfig, run: RunDirectory, journal_directory: str) -> None:
-        restarted = ray.get_runtime_context().was_current_actor_reconstructed
+        with warnings.catch_warnings():  # Ray's own property uses one that Ray deprecates
+            warnings.simplefilter("ignore")
+            restarted = ray.get_runtime_context().was_current_actor_reconstructed
         super().__init__(config, run, journal_directory, restarted=restarted)
         self._gauges = {name: Gauge(f"alpaca_ray_generate_{name}", text) for name, text in _METRICS.items()}
 

@@ -103,7 +103,7 @@ def usd(referee: RefereeProcess) -> float:
     return float(referee.summary()["usd"])
 
 
-FORMS = {
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "alpaca": ("gpt-3.5-turbo-instruct", {"stop": "\n9. Instruction:"}),
     "chat": ("gpt-4o-mini", {"chat": True}),
     "json": ("gpt-4o-mini", {"chat": True, "response_format": response_format(8)}),
