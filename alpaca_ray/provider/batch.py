@@ -29,7 +29,7 @@ from alpaca_ray.provider.budget import Budget, Charge, Spent, exhausted, pico_us
 from alpaca_ray.provider.client import FATAL_ERRORS, FINAL_ERRORS, sdk
 from alpaca_ray.provider.journal import Cost, Journal, Writer
 from alpaca_ray.provider.request import Request, request_key
-from alpaca_ray.provider.sender import _ask_for, _charged
+from alpaca_ray.provider.sender import ask_for, charge_of
 from alpaca_ray.schema import Completion
 
 _NO_ATTEMPT = 0  # in the journal: there is no `sent` record to close
@@ -125,7 +125,7 @@ class _Batches:
         budget = self._budget()
         room = [budget.reserve(state.digest, _sum(state.worst)) for state in pending].count("reserved") == len(pending)
         waiting = {key for state in pending for key in state.worst}
-        worst = {key: _ask_for(key, asked[key], self._teacher).worst for key in missing if key not in waiting}
+        worst = {key: ask_for(key, asked[key], self._teacher).worst for key in missing if key not in waiting}
         fitting = list(takewhile(lambda key: room and budget.reserve(key, worst[key]) == "reserved", worst))
         states = [state for state in pending if not state.worst.keys().isdisjoint(missing)]
         if not fitting and not states:
@@ -177,7 +177,7 @@ class _Batches:
         for key, worst in state.worst.items():
             if key not in already:
                 completion = said.get(key) or Completion(None, error, error_detail="the batch has no line of it")
-                charged = _charged(completion, worst)
+                charged = charge_of(completion, worst)
                 costs[key] = Cost(charged.tokens, prices.usd(charged))
                 final = completion.error is None or completion.error in FINAL_ERRORS
                 (answers if final else failures)[key] = replace(completion, usd=costs[key].usd)

@@ -195,7 +195,7 @@ class Gate:
             spent = Spent(spent.pico_usd + pico_usd(worst.usd), spent.tokens + worst.tokens)
         config = self._config
         price = price_of(config.teacher.model, config.teacher.price)
-        self._budget = Budget(config.budget.max_usd, config.budget.max_tokens, price, spent, config.mode == "batch")
+        self._budget = Budget(config.budget.max_usd, config.budget.max_tokens, price, spent)
         self._owners = dict.fromkeys(journal.sent_keys(), "")
 
     def _is_others(self, owner: str, ask: Ask) -> bool:

@@ -172,7 +172,7 @@ class Sender:
 
     async def _pursue(self, key: str, request: Request) -> tuple[Completion, int | None]:
         """A completion, and the number of the attempt to file it under; None where there is nothing to file."""
-        ask, failures = _ask_for(key, request, self._teacher), 0
+        ask, failures = ask_for(key, request, self._teacher), 0
         while True:
             turn = await self._queue.turn(ask)
             if turn.stopped is not None:
@@ -195,7 +195,7 @@ class Sender:
         attempt = self._writer.sent(ask.key, Cost(ask.worst.tokens, self._prices.usd(ask.worst)))
         reply = await self._client.complete(request)
         error = reply.completion.error
-        charged = _charged(reply.completion, ask.worst)
+        charged = charge_of(reply.completion, ask.worst)
         completion = replace(reply.completion, usd=self._prices.usd(charged))
         if error is not None and error not in FINAL_ERRORS:
             self._writer.failed(ask.key, attempt, error, Cost(charged.tokens, completion.usd))
@@ -216,14 +216,15 @@ class Sender:
         return self._journal.answer(key)
 
 
-def _ask_for(key: str, request: Request, teacher: TeacherConfig) -> Ask:
+def ask_for(key: str, request: Request, teacher: TeacherConfig) -> Ask:
+    """What a request takes of the limits and, at most, of the budget."""
     text = request.prompt + ("" if request.response_format is None else json.dumps(request.response_format))
     # English has more than 3 bytes a token; the server's own count replaces this guess with the answer.
     tokens = len(text.encode()) // 3 + 16 + teacher.max_tokens
     return Ask(key, tokens, worst_case(text, teacher.max_tokens))
 
 
-def _charged(completion: Completion, worst: Charge) -> Charge:
+def charge_of(completion: Completion, worst: Charge) -> Charge:
     """What an attempt may have been billed for; a server that counts no tokens is taken at the worst."""
     counted = Charge(completion.prompt_tokens, completion.completion_tokens)
     if completion.error in UNKNOWN_COST_ERRORS or (completion.text is not None and counted.tokens == 0):
