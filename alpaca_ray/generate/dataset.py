@@ -1,10 +1,8 @@
 """[RAY DATA] Rounds of plan -> completions -> candidates, until enough are kept; then the dataset."""
 
 import asyncio
-import hashlib
 import logging
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -13,17 +11,13 @@ import pyarrow as pa
 from ray.util.metrics import Gauge
 from rich.console import Console
 
-from alpaca_ray.artifacts import Stage, table_hash
-from alpaca_ray.config import GenerateConfig, UserError, config_hash
-from alpaca_ray.generate.croissant import croissant
-from alpaca_ray.generate.datasheet import datasheet
+from alpaca_ray.artifacts import Stage
+from alpaca_ray.config import GenerateConfig, UserError
 from alpaca_ray.generate.filters import check_filter_names
 from alpaca_ray.generate.harvest import Harvest
+from alpaca_ray.generate.outputs import write_outputs
 from alpaca_ray.generate.plan import plan_request, request_form, round_size
 from alpaca_ray.generate.progress import Figures, Progress
-from alpaca_ray.generate.record import FileInfo, Record
-from alpaca_ray.generate.report import render_report
-from alpaca_ray.generate.similarity import similarity_report
 from alpaca_ray.provider.batch import answer_batch, refuse_pending
 from alpaca_ray.provider.budget import Estimate, PilotRow, estimate, price_of
 from alpaca_ray.provider.client import check_access
@@ -34,7 +28,6 @@ from alpaca_ray.provider.request import request_key
 from alpaca_ray.provider.sender import NOT_ASKED
 from alpaca_ray.schema import (
     COMPLETION_SCHEMA,
-    DATASET_SCHEMA,
     REJECT_SCHEMA,
     REQUEST_SCHEMA,
     SeedTask,
@@ -71,7 +64,7 @@ def generate(stage: Stage) -> None:
         run.fill()
     finally:
         run.write_rejects()  # they say why a run did not get there
-    run.write()
+    write_outputs(stage, run.harvest, run.completions, run.journal)
 
 
 def dry_run(stage: Stage) -> Estimate:
@@ -114,7 +107,7 @@ class _Generation:
         self.journal_place = (stage.run, stage.path("journal"))
         self.journal = Journal(*self.journal_place)
         self.gate = start_gate(self.config, *self.journal_place)
-        self.round_asked = self.round_answered = 0
+        self.round_asked = self.round_answered = self.round_had = self.answered_before = 0
         self.gauges = {
             name: Gauge(f"alpaca_ray_generate_{name}", f"Instructions {name}") for name in ("kept", "rejected")
         }
@@ -140,7 +133,7 @@ class _Generation:
         if size == 0:
             raise UserError(
                 f"kept {kept} of {self.config.num_instructions} instructions after {first} requests, which is "
-                f"generate.max_requests; rejected: {_reasons(self.harvest)}. Raise generate.max_requests to go on, or "
+                f"generate.max_requests; rejected: {self.harvest.counted()}. Raise generate.max_requests to go on, or "
                 f"look at them in {self.run.path(self.stage.path('rejects.parquet'))}"
             )
         rows = [plan_request(self.config.seed, k, self.seeds, self.config) for k in range(first, first + size)]
@@ -191,6 +184,8 @@ class _Generation:
             yield asyncio.run(answer_batch(asked, self.config, base_url, self.journal_place, batches))
             return
         refuse_pending(self.run, batches, self.journal)
+        state = self.gate.state()
+        self.round_had, self.answered_before = len(had), state.answered if state else 0
         table = pa.Table.from_pylist(missing, schema=REQUEST_SCHEMA)
         with Progress(self.figures, Console(stderr=True)):
             yield from ask(table, form, self.config, self.gate, self.journal_place)
@@ -225,9 +220,10 @@ class _Generation:
         return Figures(
             kept=len(self.harvest.kept),
             wanted=self.config.num_instructions,
-            reasons=_reasons(self.harvest),
+            reasons=self.harvest.counted(),
             asked=self.round_asked,
-            answered=self.round_answered,
+            # A block comes when its slowest row is there; the gate hears of each.
+            answered=max(self.round_answered, self.round_had + state.answered - self.answered_before if state else 0),
             failed=state.failed if state else 0,
             requests_per_minute=limiter.requests_in_window if limiter else 0,
             tokens_per_minute=limiter.tokens_in_window if limiter else 0,
@@ -248,78 +244,13 @@ class _Generation:
             failed,
             len(self.harvest.kept),
             self.config.num_instructions,
-            _reasons(self.harvest) or "none",
+            self.harvest.counted() or "none",
         )
 
     def write_rejects(self) -> None:
         """Every reject so far."""
         table = pa.Table.from_pylist(self.harvest.rejects, schema=REJECT_SCHEMA)
         self.run.write_table(self.stage.path("rejects.parquet"), table)
-
-    def write(self) -> None:
-        """The dataset, its papers, and the manifest, which says that all of it is there."""
-        run, stage = self.run, self.stage
-        dataset = pa.Table.from_pylist(self.similar_rows(), schema=DATASET_SCHEMA)
-        run.write_table(stage.path("dataset.parquet"), dataset)
-        run.write_json(stage.path("alpaca_data.json"), dataset.select(["instruction", "input", "output"]).to_pylist())
-        record = self.record(dataset)
-        run.write_bytes(stage.path("report.html"), render_report(record).encode())
-        run.write_bytes(stage.path("datasheet.md"), datasheet(record).encode())
-        run.write_json(stage.path("croissant.json"), croissant(record))
-        stage.finish(record.counts, {"dataset.parquet": table_hash(dataset)})
-
-    def similar_rows(self) -> Rows:
-        """The kept rows, with the metadata that Alpaca keeps of each where it is asked for."""
-        kept = self.harvest.kept
-        if not self.config.similarity:
-            return kept
-        report = similarity_report([row["instruction"] for row in kept], [seed.instruction for seed in self.seeds])
-        return [
-            row
-            | {
-                "most_similar": [{"instruction": text, "rouge_l": score} for text, score in similar.most_similar],
-                "mean_rouge_l": similar.mean_rouge_l,
-            }
-            for row, similar in zip(kept, report, strict=True)
-        ]
-
-    def record(self, dataset: pa.Table) -> Record:
-        """What the report and the papers are filled from."""
-        self.journal.refresh()
-        repaid = len(self.journal.in_flight())
-        spent = self.journal.spent
-        counts = {
-            "requests": len(self.completions),
-            "failed": sum(row["text"] is None for row in self.completions),
-            "kept": len(self.harvest.kept),
-            "rejected": len(self.harvest.rejects),
-            "prompt_tokens": sum(row["prompt_tokens"] for row in self.completions),
-            "completion_tokens": sum(row["completion_tokens"] for row in self.completions),
-            "usd": round(spent.usd, 6),
-            "repaid": repaid,
-            "reasons": _reasons(self.harvest),
-        }
-        schema = COMPLETION_SCHEMA.append(pa.field("round", pa.int64()))
-        return Record(
-            run_name=self.stage.config.name,
-            config=self.config,
-            config_hash=config_hash(self.config),
-            num_seed_tasks=len(self.seeds),
-            seed_tasks_hash=self.stage.inputs["seed_tasks"],
-            dataset=dataset,
-            rejects=pa.Table.from_pylist(self.harvest.rejects, schema=REJECT_SCHEMA),
-            completions=pa.Table.from_pylist(self.completions, schema=schema),
-            counts=counts,
-            repaid=repaid,
-            started_at=min((row["finished_at"] for row in self.completions), default=self.stage.started_s),
-            finished_at=time.time(),
-            files={name: self.file_info(name) for name in ("dataset.parquet", "alpaca_data.json", "rejects.parquet")},
-        )
-
-    def file_info(self, name: str) -> FileInfo:
-        """Size and hash of a file as it was written."""
-        data = self.run.read_bytes(self.stage.path(name))
-        return FileInfo(len(data), hashlib.sha256(data).hexdigest())
 
 
 def _seeds(config: GenerateConfig) -> list[SeedTask]:
@@ -339,8 +270,3 @@ def _waits(state: GateState | None) -> str | None:
     if state.limiter.breaker != "closed":
         return "outage: the teacher fails, one request at a time tries whether it is back"
     return None
-
-
-def _reasons(harvest: Harvest) -> dict[str, int]:
-    """How often each reason stands, the commonest first."""
-    return dict(harvest.reasons.most_common())

@@ -19,6 +19,7 @@ class Harvest:
     """What the completions so far gave. `kept` holds rows of DATASET_SCHEMA, `rejects` of REJECT_SCHEMA."""
 
     config: GenerateConfig
+    seeds: Sequence[SeedTask]
     novelty: NoveltyFilter
     contamination: ContaminationFilter
     kept: list[dict[str, Any]] = field(default_factory=list)
@@ -31,12 +32,16 @@ class Harvest:
     ) -> "Harvest":
         """An empty one: nothing may repeat a seed task or an evaluation task."""
         novelty = NoveltyFilter((seed.instruction for seed in seeds), config.novelty_threshold)
-        return cls(config, novelty, ContaminationFilter(evaluation))
+        return cls(config, seeds, novelty, ContaminationFilter(evaluation))
 
     @property
     def full(self) -> bool:
         """Whether there are as many rows as asked for."""
         return len(self.kept) == self.config.num_instructions
+
+    def counted(self) -> dict[str, int]:
+        """How often each reason stands, the commonest first."""
+        return dict(self.reasons.most_common())
 
     def add(self, request: Mapping[str, Any], completion: Mapping[str, Any]) -> None:
         """Judge every task of an answer: a row of REQUEST_SCHEMA and its row of COMPLETION_SCHEMA, with a text."""
