@@ -2,7 +2,7 @@
 # make down    end what the demo left running
 # make test    all tests
 # make check   what pre-commit and CI check
-# make bench   ours and a peer on the same work
+# make bench   ours and peers on the same work, the short form (without --quick: up to an hour)
 # make lock    write requirements.lock anew from pyproject.toml
 
 PYTHON ?= python3
@@ -25,7 +25,9 @@ check: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files
 
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/novelty.py
+	$(BIN)/python benchmarks/novelty.py --quick
+	$(BIN)/python benchmarks/generate.py --quick
+	$(BIN)/python benchmarks/kills.py --quick
 
 # torch is held at the version that was measured, and without the suffix of its build: pip takes the CPU or the CUDA
 # build of it, whichever the machine's index gives.
