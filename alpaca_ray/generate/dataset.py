@@ -74,6 +74,7 @@ def dry_run(stage: Stage) -> Estimate:
     UserError like `generate`.
     """
     run, config = _Generation(stage), stage.config.generate
+    run.config = config.model_copy(update={"mode": "online"})  # nobody waits a day for a pilot
     requests = [
         plan_request(config.seed, k, run.seeds, config) for k in range(min(PILOT_REQUESTS, config.max_requests))
     ]

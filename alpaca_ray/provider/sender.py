@@ -90,7 +90,7 @@ class Queue:
         try:
             while self._asking:
                 await self._ask_once()
-        except Exception as error:
+        except Exception as error:  # the gate is gone for good: those who wait must hear of it
             for _, future in self._asking:
                 future.set_exception(error)
             self._asking = []
