@@ -1,4 +1,4 @@
-"""ray.data.llm's HttpRequestProcessor as its documentation has it: `qps` is each actor's part of the limit.
+"""ray.data.llm's HttpRequestProcessor, a fixed pool of actors; `qps` is each actor's part of the limit.
 
 python benchmarks/peers/ray_data_llm.py BODIES OUT --actors 8 --requests-per-minute R
 
@@ -15,7 +15,7 @@ import ray
 import ray.data
 from ray.data.llm import HttpRequestProcessorConfig, build_processor
 
-BATCH_SIZE = 16  # an actor sends a batch one after the other, and has four batches under way
+BATCH_SIZE = 16  # an actor sends a batch one after the other, and has four batches of a block under way
 MAX_RETRIES = 10
 
 
@@ -34,13 +34,13 @@ def main() -> None:
         qps=max(1, options.requests_per_minute // 60 // options.actors),
         max_retries=MAX_RETRIES,
         batch_size=BATCH_SIZE,
-        concurrency=options.actors,
+        concurrency=(options.actors, options.actors),  # one number would be the most it may grow to
     )
     processor = build_processor(
         config, preprocess=lambda row: {"payload": json.loads(row["body"])}, postprocess=lambda row: {"text": text(row)}
     )
     rows = [{"body": line} for line in options.bodies.read_text().splitlines()]
-    answered = processor(ray.data.from_items(rows, override_num_blocks=len(rows) // BATCH_SIZE))
+    answered = processor(ray.data.from_items(rows, override_num_blocks=options.actors))
     answered.write_json(str(options.out))
 
 
