@@ -1,33 +1,13 @@
-"""One frozen, strict config per stage; recipes, files, environment and command line are merged into it.
+"""One frozen, strict config per stage, and what a run's results depend on of it."""
 
-Precedence, strongest first: command line, environment (`ALPACA_RAY__TRAIN__SEED=1`), recipe or config file.
-"""
-
-import argparse
 import difflib
 import hashlib
 import json
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import resources
-from importlib.resources.abc import Traversable
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
-from pydantic_settings import (
-    BaseSettings,
-    CliSettingsSource,
-    EnvSettingsSource,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
-ENV_PREFIX = "ALPACA_RAY__"
 STAGES = ("generate", "train", "evaluate")
 
 # Marks a field that says where or how fast a stage runs, not what it makes: such a field is no part of the
@@ -126,6 +106,14 @@ class GenerateConfig(Strict):
         return self
 
 
+class LoraConfig(Strict):
+    """Low-rank adapters (Hu et al. 2021) on the named linear layers; the base weights stay as they are."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0  # the adapters' product is scaled by alpha / rank
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
 class TrainConfig(Strict):
     """Supervised fine-tuning with Alpaca's recipe; the published 7B values are in `recipes/alpaca_7b.yaml`."""
 
@@ -135,17 +123,43 @@ class TrainConfig(Strict):
     max_length: PositiveInt = 512
     num_epochs: PositiveInt = 3
     global_batch_size: PositiveInt = 128
-    micro_batch_size: PositiveInt = 4
+    micro_batch_size: PositiveInt = 4  # rows in memory at once, of `max_length` tokens each where rows are packed
+    packing: bool = True  # several examples in a row; False: one in a row, padded to the longest
+    loss_normalization: Literal["global", "micro_batch"] = "global"  # mean over target tokens; Alpaca: micro_batch
     learning_rate: PositiveFloat = 2e-5
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     export_dtype: Literal["bfloat16", "float32"] = "float32"
+    lora: LoraConfig | None = None  # None: all weights are trained
+    strategy: Literal["fsdp", "deepspeed"] = "fsdp"
+    zero_stage: Annotated[int, Field(ge=1, le=3)] = 3  # of DeepSpeed
+    cpu_offload: Annotated[bool, OPERATIONAL] = False  # masters and optimizer in the host's memory
+    activation_checkpointing: Annotated[bool, OPERATIONAL] = False
+    compile: Annotated[bool, OPERATIONAL] = False  # each decoder layer, by torch.compile
     checkpoint_every_steps: Annotated[PositiveInt, OPERATIONAL] = 100
+    checkpoint_async: Annotated[bool, OPERATIONAL] = True  # written while training goes on
+    checkpoints_to_keep: Annotated[PositiveInt, OPERATIONAL] = 2  # the newest
+    keep_best: Annotated[bool, OPERATIONAL] = False  # and the one of the lowest held-out loss
+    evaluate_every_steps: Annotated[PositiveInt | None, OPERATIONAL] = None  # held-out loss; None: with checkpoints
     max_failures: Annotated[int, Field(ge=-1), OPERATIONAL] = 3
-    num_workers: Annotated[PositiveInt, OPERATIONAL] = 1
+    num_workers: Annotated[PositiveInt | tuple[PositiveInt, PositiveInt], OPERATIONAL] = 1  # or [min, max]: elastic
+    start_timeout_s: Annotated[PositiveFloat, OPERATIONAL] = 600.0  # a GPU node takes minutes to come up
+    peak_tflops: Annotated[PositiveFloat | None, OPERATIONAL] = None  # of one device in compute_dtype, for the MFU
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], OPERATIONAL] = ["tensorboard"]
     placement: Annotated[Placement, OPERATIONAL] = Placement()
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> "TrainConfig":
+        if isinstance(self.num_workers, tuple) and self.num_workers[0] > self.num_workers[1]:
+            raise ValueError(f"num_workers is [min, max], and {self.num_workers[0]} is above {self.num_workers[1]}")
+        return self
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers to train on."""
+        return self.num_workers if isinstance(self.num_workers, tuple) else (self.num_workers, self.num_workers)
 
 
 class EvaluateConfig(Strict):
@@ -180,63 +194,6 @@ class ServeArgs(Strict):
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.02
     num_replicas: PositiveInt = 1
     placement: Placement = Placement()
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes inside the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
-
-
-def load_config(argv: Sequence[str]) -> RunConfig:
-    """Merge `--recipe NAME` or `--config FILE`, the environment and dotted overrides into one RunConfig.
-
-    Raises ConfigError that names the field and, for an unknown one, the nearest valid name.
-    """
-    chooser = argparse.ArgumentParser(prog="job", add_help=False, allow_abbrev=False, exit_on_error=False)
-    chooser.add_argument("--recipe")
-    chooser.add_argument("--config")
-    try:
-        chosen, overrides = chooser.parse_known_args(list(argv))
-    except argparse.ArgumentError as error:
-        raise ConfigError(str(error)) from None
-    if {"-h", "--help"} & set(overrides):
-        overrides = ["--help"]
-    elif (chosen.recipe is None) == (chosen.config is None):
-        raise ConfigError(f"give either --recipe NAME ({', '.join(recipe_names())}) or --config FILE")
-    source = f"recipe {chosen.recipe}" if chosen.recipe is not None else f"config file {chosen.config}"
-    values = {} if overrides == ["--help"] else _read_values(chosen.recipe, chosen.config)
-    _refuse_unknown_environment(os.environ)
-    changed = bool(overrides) or any(name.upper().startswith(ENV_PREFIX) for name in os.environ)
-    return _merge(values, overrides, f"{source}, environment and options" if changed else source)
-
-
-def _merge(values: dict[str, Any], overrides: list[str], where: str) -> RunConfig:
-    class Settings(BaseSettings, RunConfig):
-        model_config = SettingsConfigDict(frozen=True, extra="forbid")
-
-        @classmethod
-        def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            command_line: PydanticBaseSettingsSource = CliSettingsSource(
-                settings_cls,
-                cli_prog_name="python jobs/STAGE.py (--recipe NAME | --config FILE)",
-                cli_parse_args=overrides,
-                cli_kebab_case=True,
-                cli_exit_on_error=False,
-            )
-            environment = EnvSettingsSource(
-                settings_cls, env_prefix=ENV_PREFIX, env_nested_delimiter="__", env_parse_none_str="null"
-            )
-            return command_line, environment, InitSettingsSource(settings_cls, init_kwargs=values)
-
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        raise ConfigError(explain(error, where)) from None
-    except SettingsError as error:
-        raise ConfigError(_explain_option(str(error))) from None
-    return RunConfig.model_validate(settings.model_dump())
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel] = RunConfig) -> str:
@@ -274,43 +231,6 @@ def nearest(name: str, valid: Iterator[str] | Sequence[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
-def _recipes() -> Traversable:
-    return resources.files("alpaca_ray") / "recipes"
-
-
-def _read_values(recipe: str | None, config_file: str | None) -> dict[str, Any]:
-    source: Traversable
-    if recipe is not None:
-        if recipe not in recipe_names():
-            raise ConfigError(
-                f"unknown recipe {recipe!r}{nearest(recipe, recipe_names())} (there are: {', '.join(recipe_names())})"
-            )
-        source = _recipes() / f"{recipe}.yaml"
-    else:
-        source = Path(str(config_file))
-        if not source.is_file():
-            raise ConfigError(f"config file {config_file} does not exist")
-    try:
-        values = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"config file {source} is not UTF-8: {error}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config file {source} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config file {source} must hold a mapping of fields, not {type(values).__name__}")
-    if odd := [key for key in values if not isinstance(key, str)]:
-        raise ConfigError(f"config file {source}: {odd[0]!r}: no such field")
-    return values
-
-
-def _refuse_unknown_environment(environ: Mapping[str, str]) -> None:
-    valid = {ENV_PREFIX + name.replace(".", "__").upper(): name for name in field_names(RunConfig)}
-    for variable in environ:
-        if variable.upper().startswith(ENV_PREFIX) and variable.upper() not in valid:
-            hint = nearest(variable.upper(), list(valid))
-            raise ConfigError(f"environment variable {variable} names no field{hint}")
-
-
 def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(location)
@@ -319,12 +239,3 @@ def _explain_one(item: dict[str, Any], model: type[BaseModel]) -> str:
         return f"{dotted}: {item['msg']}{given}"
     siblings = [n for n in field_names(model) if n.split(".")[:-1] == location[:-1]]
     return f"{dotted}: no such field{nearest(dotted, siblings)}"
-
-
-def _explain_option(message: str) -> str:
-    found = re.search(r"unrecognized arguments: (--\S+)", message)
-    if found is None:
-        return message
-    option = found[1].split("=")[0]
-    options = ["--" + name.replace("_", "-") for name in field_names(RunConfig)]
-    return f"unknown option {option}{nearest(option, options)}"

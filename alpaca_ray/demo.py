@@ -16,8 +16,9 @@ from openai import OpenAI
 
 from alpaca_ray.artifacts import RunDirectory, open_run
 from alpaca_ray.cluster import local
-from alpaca_ray.config import STAGES, UserError, load_config
+from alpaca_ray.config import STAGES, UserError
 from alpaca_ray.models import EMBEDDED, resolve
+from alpaca_ray.settings import load_config
 
 RECIPE = "tiny_cpu"
 TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"

@@ -24,10 +24,10 @@ from typing import Any
 
 import psutil
 
-from alpaca_ray.config import load_config
 from alpaca_ray.generate.plan import plan_request, request_form
 from alpaca_ray.provider.request import body
 from alpaca_ray.schema import read_seed_tasks
+from alpaca_ray.settings import load_config
 from tests.nodes import Nodes
 from tests.referee.process import RefereeProcess
 

@@ -4,8 +4,8 @@ import sys
 
 from alpaca_ray.artifacts import begin_stage, open_run
 from alpaca_ray.cli import announce, run_job
-from alpaca_ray.config import load_config
 from alpaca_ray.evaluate import dataset
+from alpaca_ray.settings import load_config
 
 
 def main() -> None:

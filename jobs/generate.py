@@ -7,8 +7,8 @@ import sys
 
 from alpaca_ray.artifacts import Stage, begin_stage, open_run
 from alpaca_ray.cli import announce, run_job
-from alpaca_ray.config import load_config
 from alpaca_ray.generate import dataset
+from alpaca_ray.settings import load_config
 
 
 def main() -> None:

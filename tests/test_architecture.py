@@ -27,7 +27,7 @@ RAY_ROOMS = ("alpaca_ray/cluster/", "jobs/")
 TORCH_FILES = re.compile(r"alpaca_ray/(train/.*|serve/\w+_engine|evaluate/loss|safety/watermark|models)\.py")
 # A room may import rooms of a lower level only; config and schema share the lowest.
 LEVELS = {
-    "config": 0, "schema": 1, "prompts": 2, "artifacts": 2, "models": 2, "provider": 3, "safety": 3,
+    "config": 0, "schema": 1, "settings": 1, "prompts": 2, "artifacts": 2, "models": 2, "provider": 3, "safety": 3,
     "generate": 4, "train": 4, "evaluate": 4, "serve": 4, "web": 4, "cluster": 4, "doctor": 3,
     "demo": 5, "cli": 6, "jobs": 7,
 }  # fmt: skip

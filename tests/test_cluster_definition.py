@@ -8,7 +8,8 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from alpaca_ray.config import Placement, load_config, recipe_names
+from alpaca_ray.config import Placement
+from alpaca_ray.settings import load_config, recipe_names
 
 ROOT = Path(__file__).parents[1]
 GROUP = "alpaca-ray.io/group"
@@ -55,7 +56,7 @@ def test_every_stage_of_every_recipe_fits_its_group(definition: dict[str, Any], 
         assert placement.num_gpus <= group["resources"].get("GPU", 0)
     if config.train.placement.label_selector:
         gpus = groups(definition)["train"]["resources"]["GPU"] * groups(definition)["train"]["max_workers"]
-        assert config.train.num_workers * config.train.placement.num_gpus <= gpus
+        assert config.train.workers[1] * config.train.placement.num_gpus <= gpus
 
 
 def test_the_definition_opens_nothing_and_holds_no_secret(definition: dict[str, Any]) -> None:

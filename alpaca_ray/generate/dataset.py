@@ -185,8 +185,7 @@ class _Generation:
             yield asyncio.run(answer_batch(asked, self.config, base_url, self.journal_place, batches))
             return
         refuse_pending(self.run, batches, self.journal)
-        state = self.gate.state()
-        self.round_had, self.answered_before = len(had), state.answered if state else 0
+        self.round_had = len(had)
         table = pa.Table.from_pylist(missing, schema=REQUEST_SCHEMA)
         with Progress(self.figures, Console(stderr=True)):
             yield from ask(table, form, self.config, self.gate, self.journal_place)
@@ -202,7 +201,8 @@ class _Generation:
         """A stopped run and a round with too many failures end here; what was answered is in the journal."""
         stopped = next((row["error_detail"] for row in rows if row["error"] == NOT_ASKED), None)
         state = self.gate.state()
-        stopped = stopped or (state.stopped if state else None)
+        if state:
+            self.answered_before, stopped = state.answered, stopped or state.stopped
         if stopped:
             raise UserError(stopped)
         failed = [row for row in rows if row["text"] is None]

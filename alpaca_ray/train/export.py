@@ -3,23 +3,16 @@
 import copy
 import hashlib
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from alpaca_ray.prompts import alpaca_chat_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-def gather(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The full fp32 weights in rank 0's memory, an empty dict elsewhere; every rank must call it."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast(dict[str, Tensor], get_model_state_dict(model, options=options))
 
 
 def write(

@@ -11,14 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from alpaca_ray.config import TrainConfig, UserError
 from alpaca_ray.train.encoding import IGNORE_INDEX, Encoded
-from alpaca_ray.train.model import TrainState
 from alpaca_ray.train.order import batch_ids, steps_per_epoch
+from alpaca_ray.train.strategy import Strategy
 
 PADDING_ID = 0  # any id will do: attention mask and labels hide it
 # The part of a rank that has no example left: it must still take part in every collective of forward and backward.
@@ -60,7 +59,7 @@ def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
 
 
 def train(
-    state: TrainState,
+    state: Strategy,
     examples: Sequence[Encoded],
     config: TrainConfig,
     on_step: Callable[[StepMetrics], None],
@@ -80,39 +79,34 @@ def train(
             on_checkpoint()
 
 
-def train_step(state: TrainState, batch: Sequence[Encoded], num_steps: int, config: TrainConfig) -> StepMetrics:
+def train_step(state: Strategy, batch: Sequence[Encoded], num_steps: int, config: TrainConfig) -> StepMetrics:
     """One optimizer step on a global batch."""
     started_s = time.perf_counter()
     # Dropout, where a model has it, is a function of step and rank: a resumed run draws the same.
     torch.manual_seed(config.seed + state.step * dist.get_world_size() + dist.get_rank())
     rate = learning_rate(state.step, num_steps, config)
-    loss = backward(state.model, batch, config.micro_batch_size)
-    grad_norm = clip_gradients(state.model, config.max_grad_norm)
-    refuse_not_finite(loss, grad_norm, state.step + 1, batch)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    state.step += 1
+    loss = backward(state, batch, config.micro_batch_size)
+    grad_norm = state.update(
+        rate, config.max_grad_norm, lambda norm: refuse_not_finite(loss, norm, state.step + 1, batch)
+    )
     took_s = time.perf_counter() - started_s
     num_targets = sum(example.num_targets for example in batch)
     num_tokens = sum(len(example.input_ids) for example in batch)
     return StepMetrics(state.step, loss, rate, grad_norm, num_targets, num_tokens / took_s, took_s)
 
 
-def backward(model: PreTrainedModel, batch: Sequence[Encoded], micro_batch_size: int) -> float:
+def backward(state: Strategy, batch: Sequence[Encoded], micro_batch_size: int) -> float:
     """Add up the gradients of a global batch and return its loss, both means over all its target tokens.
 
-    A mean per micro-batch would weigh a token by the company it is in. FSDP averages gradients over the ranks, so
-    each rank's part is scaled up by their number.
+    A mean per micro-batch would weigh a token by the company it is in.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
     num_targets = sum(e.num_targets for e in batch)
-    device = next(model.parameters()).device
+    device = next(state.model.parameters()).device
     local_sum = torch.zeros((), dtype=torch.float64, device=device)
-    for rows in micro_batches(batch, micro_batch_size, rank, world_size):
-        part = loss_sum(model, *collate(rows, device))
-        torch.autograd.backward(part * (world_size / num_targets))
+    parts = micro_batches(batch, micro_batch_size, dist.get_rank(), dist.get_world_size())
+    for i, rows in enumerate(parts):
+        part = loss_sum(state.model, *collate(rows, device))
+        state.backward(part / num_targets, last=i == len(parts) - 1)
         local_sum += part.detach()
     dist.all_reduce(local_sum)
     return float(local_sum) / num_targets
@@ -150,13 +144,6 @@ def loss_sum(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, 
     return cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     )
-
-
-def clip_gradients(model: PreTrainedModel, max_norm: float) -> float:
-    """Scale the gradients of all ranks to `max_norm` at most, and return their norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    assert isinstance(norm, DTensor)  # since the parameters are: each rank has its part of the squares
-    return float(norm.full_tensor())
 
 
 def refuse_not_finite(loss: float, grad_norm: float, step: int, batch: Sequence[Encoded]) -> None:

@@ -1,52 +1,27 @@
-"""The model for training: fp32 master weights, sharded over all ranks with FSDP2, computed in `compute_dtype`."""
-
-from dataclasses import dataclass
+"""The model for training: fp32 master weights, and the optimizer that changes them."""
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from alpaca_ray import models
 from alpaca_ray.config import TrainConfig, UserError
 
 
-@dataclass
-class TrainState:
-    """All that training changes."""
-
-    model: PreTrainedModel
-    optimizer: torch.optim.Optimizer
-    step: int = 0  # optimizer steps done
-
-
-def build(config: TrainConfig, mesh: DeviceMesh) -> TrainState:
-    """Load and shard; every rank must call it. Raises UserError if there is no such model or it cannot be sharded.
+def load(config: TrainConfig) -> PreTrainedModel:
+    """Load on the CPU. Raises UserError if there is no such model.
 
     transformers loads the dtype that a checkpoint was saved in; AdamW's small steps would be lost in bf16 weights,
     so the masters are fp32 on purpose.
     """
     model = models.load_model(config.base_model, "float32")
     model.config.use_cache = False
-    shard(model, config.compute_dtype, mesh)
-    return TrainState(model, make_optimizer(model, config))
+    return model
 
 
 def make_mesh(device_type: str, world_size: int) -> DeviceMesh:
     """One dimension over all ranks; `device_type` is "cpu" or "cuda"."""
     return init_device_mesh(device_type, (world_size,))
-
-
-def shard(model: PreTrainedModel, compute_dtype: str, mesh: DeviceMesh) -> None:
-    """Shard in place: one group for each decoder layer, one for the rest.
-
-    The rest (embedding, last norm, head) stays in one group, because tied embeddings are one parameter of two
-    modules. Gradients are reduced in fp32 whatever the compute dtype.
-    """
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, compute_dtype), reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -63,7 +38,7 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW at torch's betas and epsilon, which are Alpaca's; norms and biases do not decay, as in the HF Trainer."""
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() <= 1]
+    matrices = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    vectors = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)

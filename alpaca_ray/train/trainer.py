@@ -22,12 +22,13 @@ from alpaca_ray import models
 from alpaca_ray.artifacts import RunDirectory, Stage, finished
 from alpaca_ray.config import TrainConfig, UserError
 from alpaca_ray.schema import EXAMPLE_SCHEMA, Example
-from alpaca_ray.train import checkpoint, export, loop, metrics, model
+from alpaca_ray.train import export, loop, metrics, model
 from alpaca_ray.train.encoding import ENCODED_SCHEMA, REJECT_SCHEMA, Encoded, Encoder
+from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.loop import StepMetrics
 from alpaca_ray.train.metrics import MetricsLog
-from alpaca_ray.train.model import TrainState
 from alpaca_ray.train.order import split
+from alpaca_ray.train.strategy import Strategy
 
 log = logging.getLogger("alpaca_ray")
 
@@ -83,7 +84,7 @@ def train_worker(loop_config: dict[str, Any]) -> dict[str, str]:
     if not on_gpu:
         _prepare_cpu(config)
     mesh = model.make_mesh("cuda" if on_gpu else "cpu", context.get_world_size())
-    state = model.build(config, mesh)
+    state = Fsdp(model.load(config), config, mesh)
     _resume(state)
     examples = [Encoded(**row) for row in job.run.read_table(ENCODED).to_pylist()]
     rows = MetricsLog(job.run, state.step, loop.total_steps(len(examples), config))
@@ -166,9 +167,9 @@ def _wait_for_room(config: TrainConfig, timeout_s: float) -> None:
 
     Ray frees a placement group with its driver, so a killed job leaves the autoscaler no demand behind.
     """
-    bundle, selector = _resources(config), dict(config.placement.label_selector)
-    wanted = f"{config.num_workers} workers of {bundle}" + (f" on nodes with {selector}" if selector else "")
-    group = placement_group([bundle] * config.num_workers, bundle_label_selector=[selector] * config.num_workers)
+    bundle, selector, num_workers = _resources(config), dict(config.placement.label_selector), config.workers[0]
+    wanted = f"{num_workers} workers of {bundle}" + (f" on nodes with {selector}" if selector else "")
+    group = placement_group([bundle] * num_workers, bundle_label_selector=[selector] * num_workers)
     try:
         if group.wait(min(timeout_s, 5.0)):
             return
@@ -197,7 +198,7 @@ def _fit(job: Job) -> str:
         train_loop_config={"job": job},
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=config.workers[1],
             use_gpu=on_gpu,
             resources_per_worker=_resources(config),
             label_selector=dict(config.placement.label_selector) or None,  # type: ignore[call-arg]
@@ -221,24 +222,24 @@ def _fit(job: Job) -> str:
     return answer["model"]
 
 
-def _resume(state: TrainState) -> None:
+def _resume(state: Strategy) -> None:
     last = ray.train.get_checkpoint()
     if last is not None:
         with last.as_directory() as directory:
-            checkpoint.load(state, Path(directory))
+            state.load(Path(directory))
 
 
-def _save(state: TrainState) -> None:
+def _save(state: Strategy) -> None:
     # Ray merges what the ranks report, and only then takes note of the checkpoint: what a dead rank left of one is
     # never resumed from.
     with tempfile.TemporaryDirectory() as directory:
-        checkpoint.save(state, Path(directory))
+        state.save(Path(directory)).wait()
         name = f"step={state.step:06d}"
         ray.train.report({"step": state.step}, ray.train.Checkpoint(directory), checkpoint_dir_name=name)
 
 
-def _export(state: TrainState, job: Job) -> str:
-    weights = export.gather(state.model)
+def _export(state: Strategy, job: Job) -> str:
+    weights = state.gather()
     if ray.train.get_context().get_world_rank() != 0:
         return ""
     with tempfile.TemporaryDirectory() as directory:

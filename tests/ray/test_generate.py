@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from alpaca_ray.artifacts import RunDirectory, Stage, begin_stage, open_run
-from alpaca_ray.config import UserError, load_config
+from alpaca_ray.config import UserError
 from alpaca_ray.generate import dataset
+from alpaca_ray.settings import load_config
 from tests.referee.process import RefereeProcess
 
 KEPT = 20

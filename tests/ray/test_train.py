@@ -17,11 +17,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca_ray.artifacts import RunDirectory, Stage, begin_stage, open_run, table_hash
-from alpaca_ray.config import RunConfig, UserError, load_config
+from alpaca_ray.config import RunConfig, UserError
 from alpaca_ray.models import load_tokenizer
 from alpaca_ray.schema import DATASET_SCHEMA, EXAMPLE_SCHEMA, Example
-from alpaca_ray.train import checkpoint, export, loop, metrics, model, trainer
+from alpaca_ray.settings import load_config
+from alpaca_ray.train import export, loop, metrics, model, trainer
 from alpaca_ray.train.encoding import Encoded, encode
+from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.loop import StepMetrics
 from tests.plain import fine_tune
 
@@ -180,9 +182,9 @@ def test_an_interrupted_run_equals_the_uninterrupted_one(done: Stage, tiny_model
 def train_and_save(loop_config: dict[str, Any]) -> None:
     """A worker of the test below: three steps, then logits, an exported model and a checkpoint of two ranks."""
     config, rows, target = loop_config["config"], loop_config["rows"], Path(loop_config["target"])
-    state = model.build(config, model.make_mesh("cpu", 2))
-    loop.train(state, rows, config, lambda _: None, lambda: checkpoint.save(state, target / f"rank{dist.get_rank()}"))
-    weights = export.gather(state.model)
+    state = Fsdp(model.load(config), config, model.make_mesh("cpu", 2))
+    loop.train(state, rows, config, lambda _: None, lambda: state.save(target / f"rank{dist.get_rank()}").wait())
+    weights = state.gather()
     with torch.no_grad():
         logits = state.model(torch.tensor([rows[0].input_ids])).logits
     if dist.get_rank() == 0:
@@ -213,8 +215,8 @@ def test_what_two_ranks_save_loads_in_one_process(done: Stage, tiny_model: Path,
         part.rename(tmp_path / "rank0" / part.name)
     dist.init_process_group("gloo", init_method="tcp://127.0.0.1:0", rank=0, world_size=1)
     try:
-        state = model.build(config, model.make_mesh("cpu", 1))
-        checkpoint.load(state, tmp_path / "rank0")
+        state = Fsdp(model.load(config), config, model.make_mesh("cpu", 1))
+        state.load(tmp_path / "rank0")
         assert state.step == 3
         for ours, theirs in zip(state.model.parameters(), plain.parameters(), strict=True):
             assert isinstance(ours, DTensor)

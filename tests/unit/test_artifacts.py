@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alpaca_ray.artifacts import RunDirectory, begin_stage, finished, open_run, table_hash
-from alpaca_ray.config import RunConfig, UserError, load_config
+from alpaca_ray.config import RunConfig, UserError
+from alpaca_ray.settings import load_config
 
 INPUTS = {"seed_tasks": "0123"}
 

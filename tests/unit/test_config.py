@@ -11,7 +11,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from alpaca_ray.config import ConfigError, RunConfig, config_hash, field_names, load_config, recipe_names, result_fields
+from alpaca_ray.config import ConfigError, RunConfig, config_hash, field_names, result_fields
+from alpaca_ray.settings import load_config, recipe_names
 
 TINY = ("--recipe", "tiny_cpu")
 MINIMAL = "name: mine\ngenerate: {num_instructions: 3}\ntrain: {base_model: some/model}\n"
@@ -43,6 +44,11 @@ RESULT: dict[str, Any] = {
     "train.warmup_ratio": 0.0,
     "train.weight_decay": 0.1,
     "train.max_grad_norm": 2.0,
+    "train.packing": False,
+    "train.loss_normalization": "micro_batch",
+    "train.lora": {"rank": 8, "alpha": 16.0, "target_modules": ["q_proj"]},
+    "train.strategy": "deepspeed",
+    "train.zero_stage": 2,
     "train.compute_dtype": "float32",
     "train.export_dtype": "bfloat16",
     "evaluate.num_instructions": 21,
@@ -74,7 +80,17 @@ OPERATIONAL: dict[str, Any] = {
     "generate.placement.label_selector": {"zone": "a"},
     "train.checkpoint_every_steps": 5,
     "train.max_failures": -1,
-    "train.num_workers": 2,
+    "train.num_workers": (2, 4),
+    "train.cpu_offload": True,
+    "train.activation_checkpointing": True,
+    "train.compile": True,
+    "train.checkpoint_async": False,
+    "train.checkpoints_to_keep": 3,
+    "train.evaluate_every_steps": 7,
+    "train.keep_best": True,
+    "train.start_timeout_s": 30.0,
+    "train.peak_tflops": 312.0,
+    "train.trackers": ["mlflow"],
     "train.placement.num_cpus": 3,
     "train.placement.num_gpus": 1,
     "train.placement.label_selector": {"zone": "a"},

@@ -24,8 +24,9 @@ from alpaca_ray.config import TrainConfig, UserError
 from alpaca_ray.models import load_tokenizer
 from alpaca_ray.prompts import alpaca_prompt
 from alpaca_ray.schema import Example
-from alpaca_ray.train import checkpoint, export, metrics, model
+from alpaca_ray.train import export, metrics, model
 from alpaca_ray.train.encoding import Encoded, encode
+from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.loop import (
     NotFinite,
     StepMetrics,
@@ -36,7 +37,6 @@ from alpaca_ray.train.loop import (
     total_steps,
     train,
 )
-from alpaca_ray.train.model import TrainState
 from tests.plain import fine_tune
 
 CPU = torch.device("cpu")
@@ -69,11 +69,11 @@ def config_for(tiny_model: Path, **values: object) -> TrainConfig:
     return TrainConfig.model_validate(defaults | values)
 
 
-def build(config: TrainConfig) -> TrainState:
-    return model.build(config, model.make_mesh("cpu", 1))
+def build(config: TrainConfig) -> Fsdp:
+    return Fsdp(model.load(config), config, model.make_mesh("cpu", 1))
 
 
-def run(state: TrainState, rows: Sequence[Encoded], config: TrainConfig) -> list[StepMetrics]:
+def run(state: Fsdp, rows: Sequence[Encoded], config: TrainConfig) -> list[StepMetrics]:
     seen: list[StepMetrics] = []
     train(state, rows, config, seen.append, lambda: None)
     return seen
@@ -113,10 +113,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(tiny_model: Path, rows: list
     config = config_for(tiny_model, checkpoint_every_steps=4)
     state = build(config)
     whole: list[StepMetrics] = []
-    train(state, rows, config, whole.append, lambda: checkpoint.save(state, tmp_path / f"{state.step}"))
+    train(state, rows, config, whole.append, lambda: state.save(tmp_path / f"{state.step}").wait())
 
     resumed = build(config)
-    checkpoint.load(resumed, tmp_path / "4")
+    resumed.load(tmp_path / "4")
     assert resumed.step == 4
     rest = run(resumed, rows, config)
 
@@ -134,7 +134,7 @@ def test_the_exported_model_is_the_trained_one(tiny_model: Path, rows: list[Enco
     with torch.no_grad():
         trained = state.model(input_ids).logits
 
-    export.write(export.gather(state.model), state.model.config, load_tokenizer(str(tiny_model)), "float32", tmp_path)
+    export.write(state.gather(), state.model.config, load_tokenizer(str(tiny_model)), "float32", tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     generation = GenerationConfig.from_pretrained(tmp_path)
@@ -151,7 +151,7 @@ def test_the_exported_model_is_the_trained_one(tiny_model: Path, rows: list[Enco
 
 def test_the_export_halves_in_bf16(tiny_model: Path, tmp_path: Path) -> None:
     state = build(config_for(tiny_model))
-    weights, tokenizer = export.gather(state.model), load_tokenizer(str(tiny_model))
+    weights, tokenizer = state.gather(), load_tokenizer(str(tiny_model))
     for dtype in ("float32", "bfloat16"):
         export.write(weights, state.model.config, tokenizer, dtype, tmp_path / dtype)
 
