@@ -6,6 +6,9 @@ where margin = window_s / 60 is for grace and network together, and these hold a
 
 - At most R requests in any window: starts are (window + margin) / R apart, and idle time is not saved up.
 - At most ceil(R / 30) requests in any 60th of a window (a second), twice the mean rate, for the same reason.
+- Where T binds, too, at most twice the mean rate in any second, if requests arrive within 0.9 x margin: no more start
+  in a second + 0.9 x margin. The mean is an estimate: what T allows for requests like those of the last two windows,
+  less 2.5 %. Below ten requests a second it can be one more, as even starts would come to.
 - At most T tokens in any window: each start is checked against the sum over the last window + margin, in which a
   request counts as reserved (prompt + max_tokens) until it is settled and as used after that.
 - A limiter that replaces a dead one does not know what that one let through, so it waits `cool_down_s` first. If
@@ -24,13 +27,14 @@ from alpaca_ray.config import UserError
 from alpaca_ray.provider.backoff import AdaptiveRate, Breaker, BreakerState
 from alpaca_ray.provider.limit_headers import LimitHeaders as LimitHeaders  # noqa: PLC0414 - a part of Outcome
 from alpaca_ray.provider.limit_headers import parse_limit_headers as parse_limit_headers  # noqa: PLC0414
-from alpaca_ray.provider.window import Charge, Footprint, Limits, Window
+from alpaca_ray.provider.window import Charge, Footprint, Limits, Pace, Window
 
 Status = Literal["ok", "rate_limited", "server_failure", "other"]
 
 MIN_SEEN = 10  # requests in a window: the refusal of fewer says nothing about a rate
 SHORTEST_LOOKAHEAD_S = 0.1  # a sender asks that often
-TOKEN_PACE = 1.1  # times the rate that can last, so that the exact sum binds and not the estimate
+TOKEN_PACE = 0.975  # of the mean rate that tokens seem to allow: an estimate, and twice the true mean is promised
+CATCH_UP = 1.2  # times that pace from one start to the next, where slots were lost
 NO_HEADERS = LimitHeaders()
 
 
@@ -116,6 +120,7 @@ class RateLimiter:
         self._limits = Limits(requests_per_minute, tokens_per_minute, window_s)
         self._window = Window(window_s + window_s / 60)
         self._footprint = Footprint(self._window.span_s)
+        self._pace = Pace(window_s / 60, 0.9 * window_s / 60)  # those of the margin before a second can come in it
         self._in_flight: OrderedDict[str, Charge] = OrderedDict()  # in the order of the grants
         self._free: list[Charge] = []  # heap of slots given back
         self._num_leases = 0
@@ -154,12 +159,17 @@ class RateLimiter:
         return Grant(tuple(leases), retry_in_s if len(leases) < len(tokens) else 0.0)
 
     def give_back(self, lease_ids: Iterable[str], now_s: float) -> None:
-        """These were never sent: they count for nothing, and a slot that is still ahead can be had again."""
+        """These were never sent: they count for nothing.
+
+        Slots that are still ahead can be had again; with a token limit, the next starts take the room of all.
+        """
         for lease_id in lease_ids:
             charge = self._end(lease_id)
             if charge is not None:
                 self._window.correct(charge, 0, 0)
-                if charge.start_s > now_s:
+                if math.isfinite(self._limits.tokens.in_force()):
+                    self._pace.give_back(charge)
+                elif charge.start_s > now_s:
                     heappush(self._free, charge)
 
     def settle(self, lease_id: str, outcome: Outcome, now_s: float) -> None:
@@ -177,7 +187,7 @@ class RateLimiter:
         if outcome.status == "ok":
             self._adaptive.speed_up(charge.start_s, self._limits.requests.in_force())
             used = charge.reserved if outcome.tokens is None else outcome.tokens
-            self._footprint.learn(charge.reserved, used, now_s - charge.start_s)
+            self._footprint.learn(charge.reserved, used, now_s - charge.start_s, self._window.requests)
 
     def snapshot(self, now_s: float) -> LimiterState:
         """Goes through the whole window: for a view now and then, not for each request."""
@@ -218,9 +228,10 @@ class RateLimiter:
             heappop(self._free)
         if self._free and wanted <= self._free[0].reserved and self._window.holds(wanted, most_requests, most_tokens):
             return self._free[0]
-        token_seconds = self._footprint.expected(wanted) / TOKEN_PACE
-        gap_s = max(self._window.span_s / most_requests, token_seconds / most_tokens)
-        from_s, last_s = max(from_s, self._last_start_s + gap_s), now_s + self._ahead_s()
+        token_gap_s = self._footprint.expected(wanted) / most_tokens / TOKEN_PACE
+        gap_s = max(self._window.span_s / most_requests, token_gap_s / CATCH_UP)
+        from_s = max(from_s, self._last_start_s + gap_s, self._pace.from_s(token_gap_s))
+        last_s = now_s + self._ahead_s()
         return Charge(self._window.earliest(from_s, last_s, wanted, most_requests, most_tokens), wanted)
 
     def _lease(self, charge: Charge, wanted: int) -> Lease:
@@ -230,6 +241,7 @@ class RateLimiter:
             charge.reserved = wanted
         else:
             self._window.add(charge)
+            self._pace.add(charge)
             self._last_start_s = charge.start_s
         self._num_leases += 1
         lease = Lease(f"{self._epoch}-{self._num_leases}", charge.start_s, wanted)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from alpaca_ray.provider.limit_headers import LimitHeaders
 
-EWMA_WEIGHT = 0.02
+MIN_MEAN = 50  # requests: the mean of fewer is noise
 
 
 @dataclass(slots=True, order=True)
@@ -123,17 +123,51 @@ class Limit:
             self._others_until_s = now_s + (self._window_s if reset_s is None else min(reset_s, self._window_s))
 
 
+class Pace:
+    """Keeps the starts that can arrive in one second, all those of second_s + spread_s, to twice their mean rate.
+
+    `spread_s`: how long after its start a request may arrive.
+    """
+
+    def __init__(self, second_s: float, spread_s: float) -> None:
+        self._second_s, self._span_s = second_s, second_s + spread_s
+        self._starts: deque[Charge] = deque()  # of the last span
+
+    def add(self, charge: Charge) -> None:
+        """`charge.start_s` may not be before any other's."""
+        while self._starts and self._starts[0].start_s + self._span_s <= charge.start_s:
+            self._starts.popleft()
+        self._starts.append(charge)
+
+    def give_back(self, charge: Charge) -> None:
+        """It was never sent, so another may start instead."""
+        if charge in self._starts:
+            self._starts.remove(charge)
+
+    def from_s(self, mean_gap_s: float) -> float:
+        """When the next may start; `mean_gap_s`: from one start to the next, on average."""
+        if mean_gap_s <= 0.0:
+            return -math.inf
+        # Below ten a second, starts that are even put up to one more than twice the mean into a span.
+        most = max(math.floor(2 * self._second_s / mean_gap_s), math.ceil(self._span_s / mean_gap_s))
+        return self._starts[-most].start_s + self._span_s if most <= len(self._starts) else -math.inf
+
+
 class Footprint:
-    """The token seconds that a request takes of T x span: reserved while in flight, used after that. A mean (EWMA)."""
+    """The token seconds that a request takes of T x span: reserved while in flight, used after that. A mean."""
 
     def __init__(self, span_s: float) -> None:
         self._span_s = span_s
         self._mean: float | None = None
+        self._num_seen = 0
 
     def expected(self, reserved: int) -> float:
         return reserved * self._span_s if self._mean is None else self._mean
 
-    def learn(self, reserved: int, used: int, flight_s: float) -> None:
+    def learn(self, reserved: int, used: int, flight_s: float, num_in_window: int) -> None:
+        """Weighs all alike, until there are two windows of them; from then on an EWMA over as many."""
         flight_s = min(max(flight_s, 0.0), self._span_s)
         seen = reserved * flight_s + used * (self._span_s - flight_s)
-        self._mean = seen if self._mean is None else self._mean + EWMA_WEIGHT * (seen - self._mean)
+        self._num_seen += 1
+        weight = 1 / min(self._num_seen, max(2 * num_in_window, MIN_MEAN))
+        self._mean = seen if self._mean is None else self._mean + weight * (seen - self._mean)

@@ -4,11 +4,21 @@ import heapq
 import math
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from alpaca_ray.provider.limit_headers import LimitHeaders
 from alpaca_ray.provider.limiter import Lease, Outcome, RateLimiter
+
+
+def most_within(span_s: float, times_s: Sequence[float]) -> int:
+    """The most of the times, which are in order, in any (t - span_s, t]."""
+    most = first = 0
+    for last, time_s in enumerate(times_s):
+        while times_s[first] <= time_s - span_s:
+            first += 1
+        most = max(most, last - first + 1)
+    return most
 
 
 @dataclass
@@ -60,12 +70,7 @@ class StrictServer:
 
     def most_within(self, span_s: float) -> int:
         """The most requests in any (t - span_s, t]."""
-        most = first = 0
-        for last, time_s in enumerate(self.times_s):
-            while self.times_s[first] <= time_s - span_s:
-                first += 1
-            most = max(most, last - first + 1)
-        return most
+        return most_within(span_s, self.times_s)
 
     def _forget(self, now_s: float) -> None:
         while self._window and self._window[0].time_s <= now_s - self.window_s:
@@ -86,6 +91,7 @@ class World:
     latency_s: Callable[[random.Random], float] = lambda rng: rng.uniform(0.5, 10.0)
     jitter: float = 0.99  # of what the contract allows between a lease's start and its arrival
     late_share: float = 0.0  # of the leases, whose sender wakes too late
+    bunch_s: float = math.inf  # how often all senders stall together, for as long as the contract allows
     crash_share: float = 0.0  # of the batches, whose sender dies with all that it holds
     says: str = "nothing"  # headers: "nothing", "admitted" or "answered" (as of when)
     now_s: float = 0.0
@@ -128,7 +134,15 @@ class World:
             limiter = self.limiter
             self.at(wakes_s, lambda: limiter.give_back([lease.id], self.now_s))
         else:
-            self.at(wakes_s + self.rng.uniform(0, self.jitter * grace_s), lambda: self._arrive(lease, dies_s))
+            self.at(self._arrival_s(lease, wakes_s), lambda: self._arrive(lease, dies_s))
+
+    def _arrival_s(self, lease: Lease, wakes_s: float) -> float:
+        """By chance; or, where senders stall, at once, and all that is under way at the end of a stall together."""
+        grace_s = self.limiter.grace_s
+        if math.isinf(self.bunch_s):
+            return wakes_s + self.rng.uniform(0, self.jitter * grace_s)
+        stall_ends_s = math.ceil(lease.start_s / self.bunch_s) * self.bunch_s
+        return stall_ends_s if stall_ends_s - lease.start_s < 2 * self.jitter * grace_s else lease.start_s
 
     def _arrive(self, lease: Lease, dies_s: float) -> None:
         entry = self.server.admit(self.now_s, lease.tokens)

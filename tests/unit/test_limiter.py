@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from alpaca_ray.config import UserError
 from alpaca_ray.provider.limit_headers import LimitHeaders, parse_limit_headers
 from alpaca_ray.provider.limiter import Grant, Lease, Outcome, RateLimiter, cool_down_s
-from tests.unit.limiter_simulation import StrictServer, World
+from alpaca_ray.provider.window import Charge, Pace
+from tests.unit.limiter_simulation import StrictServer, World, most_within
 
 W = 60.0
 OK = Outcome("ok")
@@ -123,6 +124,63 @@ def test_the_token_limit_is_used(latency_s: Callable[[random.Random], float], sa
     in_steady_state = sum(tokens for time_s, tokens in server.used_tokens if 2 * W < time_s <= 7 * W) / 5
     assert in_steady_state >= 0.95 * possible
     assert not server.refused_s
+
+
+def stalling_world(num_actors: int) -> World:
+    """About 19 requests a second, of very different sizes, whose senders stall together every 5 s."""
+    return World(
+        StrictServer(math.inf, 1_668_000, W),
+        RateLimiter(None, 1_668_000),
+        random.Random(num_actors),
+        num_actors,
+        batch=16,
+        reserve=lambda rng: rng.randint(3400, 3600),
+        use=lambda rng, reserved: rng.randint(300, 2480),
+        latency_s=lambda rng: rng.uniform(0.5, 1.5),
+        jitter=0.9,
+        bunch_s=5.0,
+        says="answered",
+    )
+
+
+@pytest.mark.parametrize("num_actors", [1, 4, 8])
+def test_no_second_is_above_twice_the_mean_where_tokens_bind(num_actors: int) -> None:
+    world = stalling_world(num_actors)
+    world.start()
+    world.run(5 * W)
+    steady_s = [time_s for time_s in world.server.times_s if 1.25 * W < time_s <= 4.75 * W]
+    mean_per_s = len(steady_s) / (3.5 * W)
+    assert most_within(1.0, steady_s) <= 2 * mean_per_s
+    assert not world.server.refused_s  # its windows are exact: none was over the limit
+    used = sum(tokens for time_s, tokens in world.server.used_tokens if 1.25 * W < time_s <= 4.75 * W)
+    not_yet_used = mean_per_s * 1.0 * (3500 - 1390)  # reserved by those in flight, for 1 s each
+    assert used / 3.5 + not_yet_used >= 0.95 * 1_668_000
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.randoms(use_true_random=False), st.floats(0.0, 0.5))
+def test_starts_given_back_late_make_room_and_no_more(rng: random.Random, late_share: float) -> None:
+    limiter, sent_s, now_s = RateLimiter(None, 1_200_000), list[float](), 0.0
+    under_way: list[Lease] = []
+    while now_s < 8.0:
+        under_way += limiter.acquire([1000] * 16, now_s).leases
+        now_s += rng.uniform(0.05, 0.3)
+        late = [lease for lease in under_way if lease.start_s < now_s and rng.random() < late_share]
+        limiter.give_back([lease.id for lease in late], now_s)
+        sent_s += [lease.start_s for lease in under_way if lease.start_s < now_s and lease not in late]
+        under_way = [lease for lease in under_way if lease.start_s >= now_s]
+    # Nothing is settled, so 1200 of them in 61 s is all that is known of their rate.
+    assert most_within(1.9 - 1e-6, sent_s) <= 2 * 1200 / 61
+
+
+def test_a_start_given_back_makes_room_for_another() -> None:
+    pace = Pace(second_s=1.0, spread_s=0.9)
+    charges = [Charge(0.1 * number, reserved=1) for number in range(15)]
+    for charge in charges:
+        pace.add(charge)
+    assert pace.from_s(mean_gap_s=2 / 15) == 1.9  # 15 in 2 s are allowed
+    pace.give_back(charges[3])
+    assert pace.from_s(mean_gap_s=2 / 15) == -math.inf
 
 
 def test_a_server_that_names_its_limits_needs_no_configuration() -> None:
