@@ -22,8 +22,9 @@ from alpaca_ray.provider.batch import answer_batch, refuse_pending
 from alpaca_ray.provider.budget import Estimate, PilotRow, estimate, price_of
 from alpaca_ray.provider.client import check_access
 from alpaca_ray.provider.gate import GateState
+from alpaca_ray.provider.gate_actor import start_gate
 from alpaca_ray.provider.journal import Journal
-from alpaca_ray.provider.pool import ask, base_url_of, start_gate
+from alpaca_ray.provider.pool import ask, base_url_of
 from alpaca_ray.provider.request import request_key
 from alpaca_ray.provider.sender import NOT_ASKED
 from alpaca_ray.schema import (

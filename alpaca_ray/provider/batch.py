@@ -26,7 +26,8 @@ from alpaca_ray.config import GenerateConfig, UserError
 from alpaca_ray.provider.batch_api import BatchApi, Sleep
 from alpaca_ray.provider.batch_files import input_line, read_rows, split, url
 from alpaca_ray.provider.budget import Budget, Charge, Spent, exhausted, pico_usd, price_of
-from alpaca_ray.provider.client import FATAL_ERRORS, FINAL_ERRORS, sdk
+from alpaca_ray.provider.client import sdk
+from alpaca_ray.provider.failures import FATAL_ERRORS, FINAL_ERRORS
 from alpaca_ray.provider.journal import Cost, Journal, Writer
 from alpaca_ray.provider.request import Request, request_key
 from alpaca_ray.provider.sender import ask_for, charge_of

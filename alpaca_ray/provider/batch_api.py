@@ -9,7 +9,8 @@ from openai import AsyncOpenAI
 from openai.types import Batch, FileObject
 
 from alpaca_ray.config import UserError
-from alpaca_ray.provider.client import FAILURES, FATAL_ERRORS, error_name
+from alpaca_ray.provider.client import FAILURES, error_name
+from alpaca_ray.provider.failures import FATAL_ERRORS
 
 POLL_S, MAX_POLL_S, POLL_GROWTH = 5.0, 60.0, 1.5
 METADATA = "alpaca_ray"  # under this name a batch carries its digest, for people who look at the provider's list

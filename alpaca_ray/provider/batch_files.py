@@ -8,11 +8,10 @@ from typing import Any
 import openai
 from httpx2 import Request as HttpRequest
 from httpx2 import Response
-from openai.types import Completion as TextCompletion
-from openai.types.chat import ChatCompletion
 
 from alpaca_ray.config import TeacherConfig
-from alpaca_ray.provider.client import FATAL_ERRORS, FINAL_ERRORS, completion_of, error_name
+from alpaca_ray.provider.client import completion_of, error_name
+from alpaca_ray.provider.failures import FATAL_ERRORS, FINAL_ERRORS
 from alpaca_ray.provider.request import Request, body, endpoint
 from alpaca_ray.schema import Completion
 
@@ -72,8 +71,7 @@ def _completion(row: Mapping[str, Any], chat: bool, teacher: TeacherConfig, api_
         said = response["body"]
         if response.get("status_code") != 200:
             return _refused(response.get("status_code"), said.get("error"), api_key)
-        kind: Any = ChatCompletion if chat else TextCompletion
-        completion = completion_of(kind.model_construct(None, **said), teacher, api_key)
+        completion = completion_of(said, chat, teacher, api_key)
         created = said.get("created")
         return replace(completion, finished_at=float(created) if isinstance(created, int) else 0.0)
     code = error.get("code") if isinstance(error, dict) else None

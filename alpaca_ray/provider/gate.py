@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.config import GenerateConfig, LimitsConfig, UserError
 from alpaca_ray.provider.budget import Budget, Charge, Spent, exhausted, pico_usd, price_of
-from alpaca_ray.provider.client import FATAL_ERRORS, FINAL_ERRORS, UNKNOWN_COST_ERRORS
+from alpaca_ray.provider.failures import FATAL_ERRORS, FINAL_ERRORS, UNKNOWN_COST_ERRORS
 from alpaca_ray.provider.journal import Journal
 from alpaca_ray.provider.limiter import Grant, LimiterState, LimitHeaders, Outcome, RateLimiter, Status, cool_down_s
 

@@ -21,7 +21,7 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,18 +56,18 @@ class Writer:
     def sent(self, key: str, worst: Cost) -> int:
         """Before it goes out; returns the attempt's number. Outlives a kill of this process. Raises OSError."""
         self._attempts += 1
-        self._sink.append(_line({"kind": "sent", "key": key, "attempt": self._attempts, **asdict(worst)}))
+        self._sink.append(_line({"kind": "sent", "key": key, "attempt": self._attempts, **vars(worst)}))
         return self._attempts
 
     def failed(self, key: str, attempt: int, error: str, cost: Cost) -> None:
         """What an attempt that came to nothing may have cost. Raises OSError."""
-        record = {"kind": "failed", "key": key, "attempt": attempt, "error": error, **asdict(cost)}
+        record = {"kind": "failed", "key": key, "attempt": attempt, "error": error, **vars(cost)}
         self._sink.append(_line(record))
 
     async def answered(self, key: str, attempt: int, completion: Completion) -> None:
         """Return when the answer is durable. Answers that come together share one sync. Raises OSError."""
         future = asyncio.get_running_loop().create_future()
-        record = {"kind": "answered", "key": key, "attempt": attempt, "completion": asdict(completion)}
+        record = {"kind": "answered", "key": key, "attempt": attempt, "completion": vars(completion)}
         self._waiting.append((_line(record), future))
         if self._flusher is None:
             self._flusher = asyncio.create_task(self._flush())

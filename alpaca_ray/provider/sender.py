@@ -13,14 +13,16 @@ from typing import Protocol
 from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.config import GenerateConfig, TeacherConfig
 from alpaca_ray.provider.budget import Budget, Charge, price_of, worst_case
-from alpaca_ray.provider.client import FATAL_ERRORS, FINAL_ERRORS, UNKNOWN_COST_ERRORS, Client
+from alpaca_ray.provider.client import Client
+from alpaca_ray.provider.failures import FATAL_ERRORS, FINAL_ERRORS, UNKNOWN_COST_ERRORS
 from alpaca_ray.provider.gate import Ask, Permit, Permits, Report
 from alpaca_ray.provider.journal import Cost, Journal, Writer
 from alpaca_ray.provider.limiter import parse_limit_headers
 from alpaca_ray.provider.request import Request, request_key
 from alpaca_ray.schema import Completion
 
-BATCH = 16  # requests in one call of the gate
+BATCH = 64  # requests in one call of the gate
+GATHER_S = 0.01  # what comes to the gate within it goes in one call; each costs the gate 0.35 ms of CPU
 MAX_POLL_S = 1.0  # a stop is heard of within this time
 BACKOFF_S, MAX_BACKOFF_S = 0.5, 30.0
 NOT_ASKED = "not_asked"  # the error of a request that a stopped run did not send
@@ -40,10 +42,15 @@ class GateCalls(Protocol):
 
 @dataclass(frozen=True)
 class Turn:
-    """A permit and when to use it, on the loop's clock; or why the run has stopped; or neither: see the journal."""
+    """A permit and when to use it, on the loop's clock; or why the run has stopped; or neither: see the journal.
+
+    The gate's "now" was somewhere between the call and its answer. Counted from either end, the request can be neither
+    too early nor too late by the gate's clock.
+    """
 
     permit: Permit | None = None
     start_s: float = 0.0
+    end_s: float = 0.0
     stopped: str | None = None
 
 
@@ -70,7 +77,7 @@ class Queue:
         assert turn.permit is not None
         loop = asyncio.get_running_loop()
         await asyncio.sleep(turn.start_s - loop.time())
-        if loop.time() - turn.start_s <= self._max_delay_s:
+        if loop.time() <= turn.end_s:
             return False
         await self._gate.give_back([turn.permit])
         return True
@@ -89,6 +96,7 @@ class Queue:
     async def _ask(self) -> None:
         try:
             while self._asking:
+                await asyncio.sleep(GATHER_S)
                 await self._ask_once()
         except Exception as error:  # the gate is gone for good: those who wait must hear of it
             for _, future in self._asking:
@@ -104,7 +112,7 @@ class Queue:
         if answered_s - called_s > self._max_delay_s:  # nobody can tell when those slots were meant to be
             await self._gate.give_back(permits.granted)
             return
-        turns = _turns(permits, [ask.key for ask, _ in batch], (called_s + answered_s) / 2)
+        turns = _turns(permits, [ask.key for ask, _ in batch], answered_s, called_s + self._max_delay_s)
         self._asking = [(ask, future) for ask, future in self._asking if ask.key not in turns]
         for ask, future in batch:
             if ask.key in turns:
@@ -114,16 +122,17 @@ class Queue:
 
     async def _tell(self) -> None:
         while self._reports:
+            await asyncio.sleep(GATHER_S)
             batch, self._reports = self._reports, []
             await self._gate.settle(batch)
 
 
-def _turns(permits: Permits, keys: Sequence[str], answered_s: float) -> dict[str, Turn]:
-    """The turns of those that need not ask again."""
+def _turns(permits: Permits, keys: Sequence[str], first_s: float, last_s: float) -> dict[str, Turn]:
+    """The turns of those that need not ask again; a permit without delay is good from `first_s` to `last_s`."""
     if permits.stopped is not None:
         return {key: Turn(stopped=permits.stopped) for key in keys}
     turns = {key: Turn() for key in permits.replay}
-    return turns | {p.key: Turn(p, answered_s + p.delay_s) for p in permits.granted}
+    return turns | {p.key: Turn(p, first_s + p.delay_s, last_s + p.delay_s) for p in permits.granted}
 
 
 class Sender:

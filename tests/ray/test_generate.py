@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from alpaca_ray.artifacts import RunDirectory, Stage, begin_stage, open_run
-from alpaca_ray.config import UserError
+from alpaca_ray.config import GenerateConfig, UserError
 from alpaca_ray.generate import dataset
+from alpaca_ray.provider.pool import block_rows
 from alpaca_ray.settings import load_config
 from tests.referee.process import RefereeProcess
 
@@ -63,6 +64,19 @@ def outputs(finished: Stage) -> dict[str, str]:
 def rows(run: RunDirectory, name: str) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = run.read_table(f"generate/{name}").to_pylist()
     return result
+
+
+@pytest.mark.parametrize("num_requests", [1, 8, 512, 6000])
+@pytest.mark.parametrize("num_actors", [1, 8, 50])
+@pytest.mark.parametrize("concurrent", [1, 8, 64])
+def test_three_blocks_keep_an_actor_busy_and_a_long_round_has_some_for_each(
+    num_requests: int, num_actors: int, concurrent: int
+) -> None:
+    config = GenerateConfig(num_instructions=1, num_actors=num_actors, concurrent_requests_per_actor=concurrent)
+    rows = block_rows(num_requests, config)
+    assert 3 * rows >= concurrent
+    if num_requests >= 4 * num_actors * concurrent:
+        assert num_requests / rows >= 2 * num_actors
 
 
 def test_a_run_keeps_what_is_asked_for_and_leaves_its_papers(referee: RefereeProcess, tmp_path: Path) -> None:
