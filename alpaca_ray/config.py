@@ -6,7 +6,16 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 STAGES = ("generate", "train", "evaluate")
 
@@ -149,6 +158,12 @@ class TrainConfig(Strict):
     peak_tflops: Annotated[PositiveFloat | None, OPERATIONAL] = None  # of one device in compute_dtype, for the MFU
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow"]], OPERATIONAL] = ["tensorboard"]
     placement: Annotated[Placement, OPERATIONAL] = Placement()
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _a_lone_number(cls, value: object) -> object:
+        # The command line's parser makes a list of each value of a field that may be one.
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
 
     @model_validator(mode="after")
     def _is_consistent(self) -> "TrainConfig":

@@ -1,6 +1,6 @@
 """Fine-tuning in plain torch, one process, one example at a time, no padding: what the sharded loop must agree with."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,10 +11,20 @@ from alpaca_ray.train.encoding import Encoded
 from alpaca_ray.train.order import batch_ids, steps_per_epoch
 
 
-def fine_tune(directory: Path, examples: Sequence[Encoded], config: TrainConfig) -> list[tuple[float, float]]:
+def adamw(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """Alpaca's; all parameters decay."""
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def fine_tune(
+    directory: Path,
+    examples: Sequence[Encoded],
+    config: TrainConfig,
+    make_optimizer: Callable[[Iterable[torch.nn.Parameter], TrainConfig], torch.optim.Optimizer] = adamw,
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step. fp32; without warm-up."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="float32").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = make_optimizer(model.parameters(), config)
     num_steps = config.num_epochs * steps_per_epoch(len(examples), config.global_batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, num_steps)
     rows = []

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -19,12 +19,27 @@ from alpaca_ray.train.model import decoder_layers, make_optimizer
 
 
 class Fsdp:
-    """The strategy of strategy.py; `model` is sharded in place."""
+    """The strategy of strategy.py; `model` is sharded in place.
 
-    def __init__(self, model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> None:
-        shard(model, config.compute_dtype, mesh)
+    A rank but the first may bring a model without weights (`model.load(config, with_weights=False)`): it gets its
+    part from rank 0, and no other host ever holds the whole.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: TrainConfig,
+        mesh: DeviceMesh,
+        make_optimizer: Callable[[PreTrainedModel, TrainConfig], torch.optim.Optimizer] = make_optimizer,
+    ) -> None:
+        if config.activation_checkpointing:
+            model.activation_checkpointing_enable()
+        if config.compile:
+            for layer in decoder_layers(model):
+                layer.compile(dynamic=True)  # a micro-batch's length is its own
+        shard(model, config, mesh)
         self.model, self.step = model, 0
-        self.optimizer: torch.optim.Optimizer = make_optimizer(model, config)
+        self.optimizer = make_optimizer(model, config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See Strategy.backward. FSDP averages gradients over the ranks, hence the scale."""
@@ -57,13 +72,35 @@ class Fsdp:
         return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
 
 
-def shard(model: PreTrainedModel, compute_dtype: str, mesh: DeviceMesh) -> None:
+def shard(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> None:
     """Shard in place: one group for each decoder layer, one for the rest.
 
     The rest (embedding, last norm, head) stays in one group, because tied embeddings are one parameter of two
     modules. Gradients are reduced in fp32 whatever the compute dtype.
     """
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, compute_dtype), reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    weights = _whole_weights(model)
+    offloads = config.cpu_offload and mesh.device_type != "cpu"
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.compute_dtype), reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy() if offloads else OffloadPolicy()
+    for module in [*decoder_layers(model), model]:
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=offload)
+    if weights is not None:
+        _receive(model, weights, torch.device("cpu" if offloads else mesh.device_type))
+
+
+def _whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
+    """Rank 0's weights and an empty dict elsewhere, or None where every rank has loaded them itself."""
+    is_empty = torch.tensor(any(p.is_meta for p in model.parameters()), dtype=torch.int32)
+    dist.all_reduce(is_empty)
+    if not is_empty:
+        return None
+    return dict(model.state_dict()) if dist.get_rank() == 0 else {}
+
+
+def _receive(model: PreTrainedModel, weights: dict[str, Any], device: torch.device) -> None:
+    if dist.get_rank() != 0:
+        model.to_empty(device=device)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, weights, options=options)
+    for buffer in model.buffers():  # such as rotary frequencies, which no state dict holds
+        dist.broadcast(buffer, src=0)

@@ -1,7 +1,4 @@
-"""The training loop: encoded examples in, one row of metrics a step out; torch only, and the same on any world size.
-
-B: rows of a micro-batch, T: tokens of its longest row, V: vocabulary.
-"""
+"""The training loop: encoded examples in, one row of metrics a step out; torch only, and the same on any world size."""
 
 import math
 import time
@@ -10,18 +7,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from alpaca_ray.config import TrainConfig, UserError
-from alpaca_ray.train.encoding import IGNORE_INDEX, Encoded
+from alpaca_ray.train.collate import collate, num_row_tokens
+from alpaca_ray.train.encoding import Encoded
+from alpaca_ray.train.model import compute_device
 from alpaca_ray.train.order import batch_ids, steps_per_epoch
+from alpaca_ray.train.packing import MicroBatch, micro_batches
 from alpaca_ray.train.strategy import Strategy
-
-PADDING_ID = 0  # any id will do: attention mask and labels hide it
-# The part of a rank that has no example left: it must still take part in every collective of forward and backward.
-NO_EXAMPLE = Encoded("", [PADDING_ID, PADDING_ID], [IGNORE_INDEX, IGNORE_INDEX])
 
 
 class NotFinite(UserError):
@@ -39,6 +32,12 @@ class StepMetrics:
     target_tokens: int
     tokens_per_s: float  # prompts included, padding not
     step_time_s: float
+    row_tokens: int = 0  # all that were computed, padding included
+
+    @property
+    def useful_share(self) -> float:
+        """Tokens of examples among those that were computed."""
+        return self.tokens_per_s * self.step_time_s / self.row_tokens
 
 
 def total_steps(num_examples: int, config: TrainConfig) -> int:
@@ -85,65 +84,43 @@ def train_step(state: Strategy, batch: Sequence[Encoded], num_steps: int, config
     # Dropout, where a model has it, is a function of step and rank: a resumed run draws the same.
     torch.manual_seed(config.seed + state.step * dist.get_world_size() + dist.get_rank())
     rate = learning_rate(state.step, num_steps, config)
-    loss = backward(state, batch, config.micro_batch_size)
+    shares = micro_batches(batch, config, dist.get_world_size())
+    loss = backward(state, shares, config)
     grad_norm = state.update(
         rate, config.max_grad_norm, lambda norm: refuse_not_finite(loss, norm, state.step + 1, batch)
     )
     took_s = time.perf_counter() - started_s
     num_targets = sum(example.num_targets for example in batch)
     num_tokens = sum(len(example.input_ids) for example in batch)
-    return StepMetrics(state.step, loss, rate, grad_norm, num_targets, num_tokens / took_s, took_s)
+    row_tokens = sum(num_row_tokens(rows, config.packing) for share in shares for rows in share)
+    return StepMetrics(state.step, loss, rate, grad_norm, num_targets, num_tokens / took_s, took_s, row_tokens)
 
 
-def backward(state: Strategy, batch: Sequence[Encoded], micro_batch_size: int) -> float:
-    """Add up the gradients of a global batch and return its loss, both means over all its target tokens.
+def backward(state: Strategy, shares: Sequence[Sequence[MicroBatch]], config: TrainConfig) -> float:
+    """Add up the gradients of a global batch, which all ranks share, and return its loss.
 
-    A mean per micro-batch would weigh a token by the company it is in.
+    "global": the mean over its target tokens. "micro_batch": the mean of the micro-batches' means, as Alpaca had it,
+    which weighs a token by the company it is in.
     """
-    num_targets = sum(e.num_targets for e in batch)
-    device = next(state.model.parameters()).device
+    device, rank = compute_device(state.model), dist.get_rank()
     local_sum = torch.zeros((), dtype=torch.float64, device=device)
-    parts = micro_batches(batch, micro_batch_size, dist.get_rank(), dist.get_world_size())
-    for i, rows in enumerate(parts):
-        part = loss_sum(state.model, *collate(rows, device))
-        state.backward(part / num_targets, last=i == len(parts) - 1)
-        local_sum += part.detach()
+    mine = list(zip(shares[rank], divisors(shares, config.loss_normalization)[rank], strict=True))
+    for i, (rows, divisor) in enumerate(mine):
+        loss = state.model(**collate(rows, config.packing, device)) / divisor
+        state.backward(loss, last=i == len(mine) - 1)
+        local_sum += loss.detach()
     dist.all_reduce(local_sum)
-    return float(local_sum) / num_targets
+    return float(local_sum)
 
 
-def micro_batches(
-    batch: Sequence[Encoded], micro_batch_size: int, rank: int, world_size: int
-) -> list[Sequence[Encoded]]:
-    """The rank's share of a global batch. All ranks get the same number of micro-batches, the last ones perhaps empty:
-    each forward and backward of FSDP is a collective, and a rank that left one out would hang the others.
-    """
-    mine = batch[rank::world_size]
-    longest_share = math.ceil(len(batch) / world_size)
-    return [mine[i : i + micro_batch_size] for i in range(0, longest_share, micro_batch_size)]
-
-
-def collate(rows: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """input_ids, attention_mask and labels, each (B, T), padded on the right to the longest row."""
-    rows = rows or [NO_EXAMPLE]
-    shape = (len(rows), max(len(row.input_ids) for row in rows))
-    input_ids = torch.full(shape, PADDING_ID)
-    labels = torch.full(shape, IGNORE_INDEX)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    for i, row in enumerate(rows):
-        length = len(row.input_ids)
-        input_ids[i, :length] = torch.tensor(row.input_ids)
-        labels[i, :length] = torch.tensor(row.labels)
-        attention_mask[i, :length] = 1
-    return input_ids.to(device), attention_mask.to(device), labels.to(device)
-
-
-def loss_sum(model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy in fp32, summed over the targets of a micro-batch; 0 where it has none."""
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits  # (B, T, V)
-    return cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
-    )
+def divisors(shares: Sequence[Sequence[MicroBatch]], normalization: str) -> list[list[int]]:
+    """What the summed loss of each micro-batch is divided by; see backward."""
+    counts = [[sum(e.num_targets for row in rows for e in row.documents) for rows in share] for share in shares]
+    if normalization == "global":
+        num_targets = sum(sum(share) for share in counts)
+        return [[num_targets] * len(share) for share in counts]
+    num_means = sum(count > 0 for share in counts for count in share)
+    return [[max(1, count) * num_means for count in share] for share in counts]
 
 
 def refuse_not_finite(loss: float, grad_norm: float, step: int, batch: Sequence[Encoded]) -> None:

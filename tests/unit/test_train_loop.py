@@ -1,15 +1,11 @@
 """The loop in a group of one process: the loss, the steps, what it refuses, checkpoints and the exported model."""
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.distributed.fsdp import FSDPModule
 from transformers import (
     AutoModelForCausalLM,
@@ -19,24 +15,24 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.config import TrainConfig, UserError
 from alpaca_ray.models import load_tokenizer
 from alpaca_ray.prompts import alpaca_prompt
 from alpaca_ray.schema import Example
-from alpaca_ray.train import export, metrics, model
+from alpaca_ray.train import export, model
+from alpaca_ray.train.collate import collate
 from alpaca_ray.train.encoding import Encoded, encode
 from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.loop import (
     NotFinite,
     StepMetrics,
-    collate,
     learning_rate,
-    micro_batches,
     refuse_not_finite,
     total_steps,
     train,
 )
+from alpaca_ray.train.order import batch_ids
+from alpaca_ray.train.packing import PackedRow
 from tests.plain import fine_tune
 
 CPU = torch.device("cpu")
@@ -95,7 +91,51 @@ def test_loss_and_gradient_are_those_of_a_plain_loop(
     assert [row.grad_norm for row in seen] == pytest.approx([norm for _, norm in expected], rel=1e-4)
     assert [row.step for row in seen] == [1, 2, 3, 4, 5, 6]
     assert sum(row.target_tokens for row in seen) == 2 * sum(row.num_targets for row in rows)
+    assert [row.useful_share for row in seen] == pytest.approx([1.0] * 6)
     assert seen[-1].loss < seen[0].loss
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("micro", [1, 3])
+def test_layout_and_activation_checkpointing_change_no_loss(
+    tiny_model: Path, rows: list[Encoded], expected: list[tuple[float, float]], packing: bool, micro: int
+) -> None:
+    config = config_for(tiny_model, packing=packing, micro_batch_size=micro, activation_checkpointing=True)
+    seen = run(build(config), rows, config)
+
+    assert [row.loss for row in seen] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+    assert all(row.useful_share == pytest.approx(1.0) for row in seen) == (packing or micro == 1)
+
+
+def test_alpacas_loss_is_the_mean_of_its_micro_batches_means(tiny_model: Path, rows: list[Encoded]) -> None:
+    config = config_for(tiny_model, loss_normalization="micro_batch", packing=False, micro_batch_size=3, num_epochs=1)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model)
+    batch = [rows[i] for i in batch_ids(len(rows), 4, config.seed, 0)]
+    means = [
+        sum(plain(torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss * e.num_targets for e in part)
+        / sum(e.num_targets for e in part)
+        for part in (batch[:3], batch[3:])
+    ]
+    loss = (means[0] + means[1]) / 2
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+
+    seen = run(build(config), rows, config)
+    assert seen[0].loss == pytest.approx(loss.item(), rel=1e-6)
+    assert seen[0].grad_norm == pytest.approx(norm.item(), rel=1e-5)
+    by_token = run(build(config_for(tiny_model, num_epochs=1)), rows, config_for(tiny_model, num_epochs=1))
+    assert abs(seen[0].grad_norm / by_token[0].grad_norm - 1) > 1e-3  # so the two can be told apart
+
+
+def test_adapters_are_trained_and_nothing_else(tiny_model: Path, rows: list[Encoded]) -> None:
+    config = config_for(tiny_model, lora={"rank": 2})
+    state = build(config)
+    before = {name: weight.clone() for name, weight in state.gather().items()}
+    seen = run(state, rows, config)
+    changed = {name for name, weight in state.gather().items() if not torch.equal(weight, before[name])}
+
+    assert seen[-1].loss < seen[0].loss
+    assert changed == {name for name in before if "lora" in name}
 
 
 def test_bf16_computes_and_fp32_remembers(
@@ -176,6 +216,18 @@ def test_a_model_of_unknown_layers_is_refused(tiny_model: Path) -> None:
         model.decoder_layers(plain)
 
 
+def test_a_model_that_cannot_be_packed_is_refused(tiny_model: Path) -> None:
+    class Fixed(LlamaForCausalLM):  # type: ignore[no-untyped-call]
+        @classmethod
+        def _can_set_attn_implementation(cls) -> bool:
+            return False
+
+    config = config_for(tiny_model)
+    with pytest.raises(UserError, match=r"Fixed's cannot.*train\.packing to false"):
+        model.prepare(Fixed.from_pretrained(tiny_model), config)
+    assert model.prepare(Fixed.from_pretrained(tiny_model), config_for(tiny_model, packing=False))
+
+
 def test_a_loss_that_is_no_number_stops_the_run_before_the_step(tiny_model: Path, rows: list[Encoded]) -> None:
     config = config_for(tiny_model)
     state = build(config)
@@ -192,29 +244,24 @@ def test_an_infinite_gradient_is_refused_too(rows: list[Encoded], loss: float, n
         refuse_not_finite(loss, norm, 7, rows[:1])
 
 
-@given(num=st.integers(1, 40), micro=st.integers(1, 5), world_size=st.integers(1, 9))
-def test_ranks_share_a_batch_and_keep_in_step(num: int, micro: int, world_size: int) -> None:
-    batch = [Encoded(f"{i}", [1, 2], [-100, 2]) for i in range(num)]
-    shares = [micro_batches(batch, micro, rank, world_size) for rank in range(world_size)]
-
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(int(row.id) for share in shares for rows in share for row in rows) == list(range(num))
-    assert all(len(rows) <= micro for share in shares for rows in share)
-
-
-def test_padding_is_seen_by_nobody() -> None:
-    input_ids, attention_mask, labels = collate(
-        [Encoded("a", [5, 6, 7], [-100, 6, 7]), Encoded("b", [8, 9], [-100, 9])], CPU
-    )
-    assert input_ids[0].tolist() == [5, 6, 7]
-    assert attention_mask.tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert labels.tolist() == [[-100, 6, 7], [-100, 9, -100]]
+def test_padding_stands_behind_and_is_no_target() -> None:
+    rows = [PackedRow((Encoded("a", [5, 6, 7], [-100, 6, 7]),)), PackedRow((Encoded("b", [8, 9], [-100, 9]),))]
+    arguments = collate(rows, False, CPU)
+    assert arguments["input_ids"][0].tolist() == [5, 6, 7]
+    assert arguments["input_ids"][1, :2].tolist() == [8, 9]
+    assert arguments["places"].tolist() == [0, 1, 3]
+    assert arguments["targets"].tolist() == [6, 7, 9]
 
 
-def test_an_empty_share_has_no_target() -> None:
-    _, _, labels = collate([], CPU)
-    assert labels.shape == (1, 2)
-    assert set(labels.flatten().tolist()) == {-100}
+def test_packed_rows_have_no_padding_and_tell_where_documents_begin() -> None:
+    rows = [PackedRow((Encoded("a", [5, 6, 7], [-100, 6, 7]), Encoded("b", [8, 9], [-100, 9]))), PackedRow()]
+    arguments = collate(rows, True, CPU)
+    assert arguments["input_ids"].tolist() == [[5, 6, 7, 8, 9]]
+    assert arguments["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
+    assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 5]
+    assert arguments["max_length_q"] == 3
+    assert arguments["places"].tolist() == [0, 1, 3]
+    assert arguments["targets"].tolist() == [6, 7, 9]
 
 
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.25])
@@ -237,28 +284,3 @@ def test_the_schedule_is_transformers_one_step_ahead(tiny_model: Path, warmup_ra
 
 def test_steps_are_counted_over_epochs(tiny_model: Path) -> None:
     assert total_steps(52_002, config_for(tiny_model, num_epochs=3, global_batch_size=128)) == 3 * 407
-
-
-def metric(step: int) -> StepMetrics:
-    return StepMetrics(step, 2.0, 1e-5, 1.0, 10, 20.0, 90.0)
-
-
-def test_a_resumed_run_writes_no_step_twice(tmp_path: Path) -> None:
-    directory = RunDirectory(pyarrow.fs.LocalFileSystem(), str(tmp_path))
-    first = metrics.MetricsLog(directory, first_step=0, num_steps=6)
-    for step in (1, 2, 3, 4, 5):
-        first.add(metric(step))
-    first.write()
-
-    second = metrics.MetricsLog(directory, first_step=4, num_steps=6)
-    for step in (5, 6):
-        second.add(metric(step))
-    second.write()
-
-    lines = (tmp_path / "train/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert metrics.read(directory) == [metric(step) for step in range(1, 7)]
-
-
-def test_the_progress_line_says_how_long_it_takes() -> None:
-    assert metrics.progress(metric(10), 90) == "step 10/90: loss 2.0000, 20 tokens/s, 2:00:00 left"
