@@ -2,28 +2,37 @@
 
 import copy
 import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from alpaca_ray.prompts import alpaca_chat_template
+from alpaca_ray.train import tensor_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_SHARD_SIZE = "5GB"  # of a file, as in transformers; memory holds one tensor, however large the file
+CARD_FILES = ("README.md", "losses.svg")
+
 
 def write(
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     config: PreTrainedConfig,
     tokenizer: "PreTrainedTokenizerBase",
     dtype: str,
-    directory: Path,
+    directory: Path | None,
 ) -> None:
-    """Write gathered weights in `dtype` ("float32" or "bfloat16"), with all that `from_pretrained` needs.
+    """Write the weights in `dtype` ("float32" or "bfloat16"), with all that `from_pretrained` needs.
 
+    Sharded weights come as `Whole`: then every rank must call this, and all but one with `directory` None.
     The chat template is Alpaca's, since the model knows no other prompt, and generation ends at the token that the
     answers ended with.
     """
@@ -31,20 +40,14 @@ def write(
     config = copy.deepcopy(config)
     config.use_cache = True  # off while training; generation is slow without
     config.update(ends)
-    plain = _assemble(weights, config, getattr(torch, dtype))
-    plain.generation_config = GenerationConfig(**ends)  # type: ignore[no-untyped-call]
-    plain.save_pretrained(directory)
+    plain = skeleton(config, dtype)
+    write_weights(weights, plain, directory, MAX_SHARD_SIZE)
+    if directory is None:
+        return
+    plain.config.save_pretrained(directory)
+    GenerationConfig(**ends).save_pretrained(directory)  # type: ignore[no-untyped-call]
     tokenizer.chat_template = alpaca_chat_template(adds_bos(tokenizer))
     tokenizer.save_pretrained(directory)
-
-
-def _assemble(weights: dict[str, Tensor], config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    # A fresh model around the gathered weights: the sharded one would gather them all a second time to save them.
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
-    model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
-    model.tie_weights()
-    return model
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
@@ -54,10 +57,75 @@ def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
 
 
 def directory_hash(directory: Path) -> str:
-    """SHA-256 over the names and contents of all files below, first 16 digits."""
+    """SHA-256 over the names and contents of all files below but the model card's, first 16 digits.
+
+    The card tells how the run went, its times included: the same weights trained twice are the same model.
+    """
     digest = hashlib.sha256()
-    for path in sorted(p for p in directory.rglob("*") if p.is_file()):
+    for path in sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in CARD_FILES):
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         digest.update(f"{path.relative_to(directory).as_posix()} {content}\n".encode())
     return digest.hexdigest()[:16]
+
+
+class Whole(Mapping[str, Tensor]):
+    """A sharded model's weights, each gathered when it is asked for: every rank must ask for the same ones in turn."""
+
+    def __init__(self, weights: Mapping[str, Tensor], writes: bool) -> None:
+        """`writes`: whether this rank gets the values, in host memory; the others get shapes (meta tensors)."""
+        self._weights = weights
+        self._device = "cpu" if writes else "meta"
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        if isinstance(weight, DTensor):
+            # Offloaded shards lie in host memory; the ranks' fast network joins devices.
+            on_device = cast(DTensor, weight.to(weight.device_mesh.device_type))
+            weight = on_device.full_tensor()
+        return weight.detach().to(self._device)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights  # Mapping's own would gather it
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+
+def skeleton(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
+    """The model without weights (on the meta device): names, shapes, which of them are tied."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
+    model.config.architectures = [type(model).__name__]
+    model.config.dtype = getattr(torch, dtype)
+    return model
+
+
+def write_weights(
+    weights: Mapping[str, Tensor], plain: PreTrainedModel, directory: Path | None, max_shard_size: str
+) -> None:
+    """Files of at most `max_shard_size` ("5GB"), with an index where there are several; `directory` as for `write`."""
+    tied = plain.all_tied_weights_keys  # from_pretrained ties them again
+    shapes = {name: tensor for name, tensor in plain.state_dict().items() if name not in tied}
+    assert shapes.keys() == weights.keys() - tied.keys(), "the weights have other names than the config's model"
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+    for file_name, names in split.filename_to_tensors.items():
+        chosen = {name: shapes[name] for name in names}
+        if directory is None:
+            for name in names:
+                _ = weights[name]  # a collective
+        else:
+            directory.mkdir(parents=True, exist_ok=True)
+            _write_file(directory / file_name, chosen, weights)
+    if directory is not None and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_file(path: Path, shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    with tensor_file.Writer(path, tensor_file.header(shapes)) as file:
+        for name, shape in shapes.items():
+            file.add(tensor_file.raw(weights[name].to(shape.dtype)))
