@@ -58,10 +58,24 @@ class Nodes:
 
     def kill_node(self) -> None:
         """SIGKILL to the second node and everything on it; another one takes its place."""
+        self.lose_node()
+        self.return_node()
+
+    def lose_node(self) -> None:
+        """SIGKILL to the second node and everything on it."""
         assert self.node is not None
         _kill_all(self.node.pid)
         self.node.wait()
+        self.node = None
+
+    def return_node(self) -> None:
+        """Start a second node in place of the one that was lost."""
+        assert self.node is None
         self.node = self._start_node()
+
+    def is_on_node(self, pid: int) -> bool:
+        """Whether a process belongs to the second node."""
+        return self.node is not None and any(process.pid == pid for process in _family(self.node.pid))
 
     def workers(self, name: str) -> list[psutil.Process]:
         """Ray's worker processes of this cluster that carry the name of an actor's class."""

@@ -16,10 +16,13 @@ SOURCES = sorted(
 )
 
 RAY_FILES = {
+    "alpaca_ray/provider/gate_actor.py",
     "alpaca_ray/provider/pool.py",
     "alpaca_ray/generate/dataset.py",
     "alpaca_ray/generate/novelty_shards.py",
+    "alpaca_ray/train/elastic.py",
     "alpaca_ray/train/trainer.py",
+    "alpaca_ray/train/worker.py",
     "alpaca_ray/evaluate/dataset.py",
     "alpaca_ray/serve/app.py",
 }

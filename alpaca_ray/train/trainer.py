@@ -1,10 +1,10 @@
-"""[RAY TRAIN] Split and encode the dataset, then run the training loop on a group of workers and export the model."""
+"""[RAY TRAIN] Split and encode the dataset, then have a group of workers train on it and export the model."""
 
 import logging
-import tempfile
+import os
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,41 +12,32 @@ import pyarrow as pa
 import ray
 import ray.data
 import ray.train
-import torch
-from ray.train import CheckpointConfig, FailureConfig, ScalingConfig
+from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
-from transformers.utils import logging as transformers_logging
 
 from alpaca_ray import models
 from alpaca_ray.artifacts import RunDirectory, Stage, finished
 from alpaca_ray.config import TrainConfig, UserError
 from alpaca_ray.schema import EXAMPLE_SCHEMA, Example
-from alpaca_ray.train import export, loop, metrics, model
+from alpaca_ray.train import checkpoint, deepspeed, metrics, report, trackers
+from alpaca_ray.train.elastic import StartLimit, no_room
 from alpaca_ray.train.encoding import ENCODED_SCHEMA, REJECT_SCHEMA, Encoded, Encoder
-from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.loop import StepMetrics
-from alpaca_ray.train.metrics import MetricsLog
 from alpaca_ray.train.order import split
-from alpaca_ray.train.strategy import Strategy
+from alpaca_ray.train.worker import Job, train_worker
 
 log = logging.getLogger("alpaca_ray")
 
 HELDOUT = "train/heldout.parquet"
 ENCODED = "train/encoded.parquet"
+ENCODED_HELDOUT = "train/heldout_encoded.parquet"
 REJECTS = "train/rejects.parquet"
-MODEL = "train/model"
-START_TIMEOUT_S = 600.0  # a GPU node takes minutes to come up
-CHECKPOINTS_TO_KEEP = 2  # the newest, and the one before as a spare
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every worker needs to know. `on_step` is called on every rank after each step, to watch the run."""
-
-    config: TrainConfig
-    run: RunDirectory
-    on_step: Callable[[StepMetrics], None]
+REPORT = "train/report.html"
+GROW_EVERY_S = 60.0  # an elastic run looks for more room as often; to grow costs the steps since the last checkpoint
+# How long one try waits for the workers' resources. A try that counted on a node that is gone waits in vain, and the
+# next one counts anew.
+GROUP_START_TIMEOUT_S = 15.0
 
 
 def inputs(run: RunDirectory) -> dict[str, str]:
@@ -57,12 +48,14 @@ def inputs(run: RunDirectory) -> dict[str, str]:
 def train(
     stage: Stage,
     on_step: Callable[[StepMetrics], None] = lambda _: None,
-    start_timeout_s: float = START_TIMEOUT_S,
+    view: Callable[[Sequence[Encoded]], Sequence[Encoded]] = lambda examples: examples,
+    grow_every_s: float = GROW_EVERY_S,
 ) -> None:
     """Fine-tune, export and write the manifest. A run that was interrupted goes on from its last checkpoint.
 
-    Raises UserError for a model or dataset that cannot be used, and if the cluster has no room for the workers
-    within `start_timeout_s`; ray's TrainingFailedError when the workers failed more often than `max_failures`.
+    Each worker calls `on_step` after each step, and reads its examples through `view`. Raises UserError for a model
+    or dataset that cannot be used, and if there is no room for the workers for `start_timeout_s`, at the start or
+    later; ray's TrainingFailedError when the workers failed more often than `max_failures`.
     """
     config = _with_absolute_model(stage.config.train)
     _check_model(config)
@@ -70,45 +63,20 @@ def train(
         ray.init()
     if not stage.run.exists(ENCODED):
         _write_encoded(stage.run, config)
-    _wait_for_room(config, start_timeout_s)
-    model_hash = _fit(Job(config, stage.run, on_step))
-    stage.finish(_counts(stage.run), {"model": model_hash})
-
-
-def train_worker(loop_config: dict[str, Any]) -> dict[str, str]:
-    """What each worker runs. Rank 0's answer counts: the exported model's hash, or why training cannot go on."""
-    job: Job = loop_config["job"]
-    config, context = job.config, ray.train.get_context()
-    _quieten()
-    on_gpu = config.placement.num_gpus > 0
-    if not on_gpu:
-        _prepare_cpu(config)
-    mesh = model.make_mesh("cuda" if on_gpu else "cpu", context.get_world_size())
-    state = Fsdp(model.load(config), config, mesh)
-    _resume(state)
-    examples = [Encoded(**row) for row in job.run.read_table(ENCODED).to_pylist()]
-    rows = MetricsLog(job.run, state.step, loop.total_steps(len(examples), config))
-    is_first = context.get_world_rank() == 0
-
-    def on_step(row: StepMetrics) -> None:
-        if is_first:
-            rows.add(row)
-        job.on_step(row)
-
-    def on_checkpoint() -> None:
-        if is_first:
-            rows.write()  # before the checkpoint: a resumed run does not make these rows again
-        _save(state)
-
-    try:
-        loop.train(state, examples, config, on_step, on_checkpoint)
-    except loop.NotFinite as error:
-        # An answer, not an exception: every rank has it, and to try again would end the same.
-        return {"failure": str(error)}
-    return {"model": _export(state, job)}
+    _wait_for_room(config)
+    training, heldout = (ray.put(stage.run.read_table(path).combine_chunks()) for path in (ENCODED, ENCODED_HELDOUT))
+    model_hash = _fit(Job(config, stage.run, training, heldout, on_step, view), grow_every_s)
+    counts = _counts(stage.run)
+    facts = {"Counts": counts, "Settings": dict(trackers.flat(config.model_dump(mode="json")))}
+    rows = [asdict(row) for row in metrics.read(stage.run)]
+    stage.run.write_bytes(REPORT, report.render(rows, facts, f"Training of {stage.config.name}").encode())
+    stage.finish(counts, {"model": model_hash})
 
 
 def _check_model(config: TrainConfig) -> None:
+    if config.strategy == "deepspeed":
+        deepspeed.refuse(config)
+    trackers.check(config.trackers)
     models.check(config.base_model)
     longest = models.load_config(config.base_model).max_position_embeddings
     if config.max_length > longest:
@@ -128,10 +96,17 @@ def _with_absolute_model(config: TrainConfig) -> TrainConfig:
 def _write_encoded(run: RunDirectory, config: TrainConfig) -> None:
     dataset = run.read_table("generate/dataset.parquet").select(EXAMPLE_SCHEMA.names).to_pylist()
     training, heldout = split([Example(**row) for row in dataset], config.heldout_fraction)
-    rows = _encode(training, config)
-    rejects = pa.Table.from_pylist([r for r in rows if r["reason"] is not None], schema=REJECT_SCHEMA)
-    encoded = pa.Table.from_pylist([r for r in rows if r["reason"] is None], schema=ENCODED_SCHEMA)
+    rows = _encode([*training, *heldout], config)
+    is_heldout = {example.id for example in heldout}
+    rejects = pa.Table.from_pylist(
+        [r for r in rows if r["reason"] is not None and r["id"] not in is_heldout], schema=REJECT_SCHEMA
+    )
+    usable = [r for r in rows if r["reason"] is None]
+    encoded = pa.Table.from_pylist([r for r in usable if r["id"] not in is_heldout], schema=ENCODED_SCHEMA)
     run.write_table(HELDOUT, pa.Table.from_pylist([asdict(e) for e in heldout], schema=EXAMPLE_SCHEMA))
+    run.write_table(
+        ENCODED_HELDOUT, pa.Table.from_pylist([r for r in usable if r["id"] in is_heldout], schema=ENCODED_SCHEMA)
+    )
     run.write_table(REJECTS, rejects)
     reasons = dict(Counter(rejects["reason"].to_pylist()))
     log.info(
@@ -162,25 +137,27 @@ def _encode(examples: list[Example], config: TrainConfig) -> list[dict[str, Any]
     return sorted(rows.take_all(), key=lambda row: row["id"])
 
 
-def _wait_for_room(config: TrainConfig, timeout_s: float) -> None:
+def _wait_for_room(config: TrainConfig) -> None:
     """Have the workers' resources placed once before Ray Train is asked for them, which says too little too late.
 
     Ray frees a placement group with its driver, so a killed job leaves the autoscaler no demand behind.
     """
     bundle, selector, num_workers = _resources(config), dict(config.placement.label_selector), config.workers[0]
-    wanted = f"{num_workers} workers of {bundle}" + (f" on nodes with {selector}" if selector else "")
+    timeout_s = config.start_timeout_s
     group = placement_group([bundle] * num_workers, bundle_label_selector=[selector] * num_workers)
     try:
         if group.wait(min(timeout_s, 5.0)):
             return
-        log.info("waiting up to %.0f s for room for %s", timeout_s, wanted)
+        log.info("waiting up to %.0f s for room for %s", timeout_s, _wanted(config))
         if not group.wait(timeout_s):
-            raise UserError(
-                f"no room for {wanted} within {timeout_s:.0f} s; the cluster has {ray.cluster_resources()}. "  # type: ignore[no-untyped-call]
-                "Lower train.num_workers or train.placement, or add nodes"
-            )
+            raise UserError(no_room(_wanted(config), timeout_s))
     finally:
         remove_placement_group(group)
+
+
+def _wanted(config: TrainConfig) -> str:
+    selector = dict(config.placement.label_selector)
+    return f"{config.workers[0]} workers of {_resources(config)}" + (f" on nodes with {selector}" if selector else "")
 
 
 def _resources(config: TrainConfig) -> dict[str, float]:
@@ -188,33 +165,18 @@ def _resources(config: TrainConfig) -> dict[str, float]:
     return {name: amount for name, amount in wanted.items() if amount > 0}
 
 
-def _fit(job: Job) -> str:
-    """Run the workers and return the exported model's hash. Reusing the name is what makes Ray Train resume."""
-    config = job.config
-    on_gpu = config.placement.num_gpus > 0
-    # ray.train's type hints are those of its first version: label_selector and others are new in the second.
-    trainer = TorchTrainer(
-        train_worker,  # type: ignore[arg-type]
-        train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers[1],
-            use_gpu=on_gpu,
-            resources_per_worker=_resources(config),
-            label_selector=dict(config.placement.label_selector) or None,  # type: ignore[call-arg]
-        ),
-        run_config=ray.train.RunConfig(
-            name="checkpoints",
-            storage_path=job.run.path("train"),
-            storage_filesystem=job.run.fs,
-            # controller: the workers' start, each try of it 60 s; unbounded by default
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
-            checkpoint_config=CheckpointConfig(num_to_keep=CHECKPOINTS_TO_KEEP),
-        ),
+def _fit(job: Job, grow_every_s: float) -> str:
+    """Run the workers and return the exported model's hash."""
+    _forget_rays_checkpoints(job.run)
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(min(GROUP_START_TIMEOUT_S, job.config.start_timeout_s))
     )
     try:
-        answer: dict[str, str] = trainer.fit().return_value  # type: ignore[attr-defined]
+        answer: dict[str, str] = _trainer(job, grow_every_s).fit().return_value  # type: ignore[attr-defined]
     except ray.train.TrainingFailedError as error:
+        cause = getattr(error, "controller_failure", None)
+        if isinstance(cause, UserError):
+            raise cause from None
         error.add_note(f"What was done is kept in {job.run.path('train')}: the same command again goes on from there.")
         raise
     if "failure" in answer:
@@ -222,31 +184,38 @@ def _fit(job: Job) -> str:
     return answer["model"]
 
 
-def _resume(state: Strategy) -> None:
-    last = ray.train.get_checkpoint()
-    if last is not None:
-        with last.as_directory() as directory:
-            state.load(Path(directory))
+def _trainer(job: Job, grow_every_s: float) -> TorchTrainer:
+    config = job.config
+    on_gpu = config.placement.num_gpus > 0
+    fewest, most = config.workers
+    # ray.train's type hints are those of its first version: label_selector and others are new in the second.
+    return TorchTrainer(
+        train_worker,  # type: ignore[arg-type]
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=most if fewest == most else (fewest, most),  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=grow_every_s,  # type: ignore[call-arg]
+            use_gpu=on_gpu,
+            resources_per_worker=_resources(config),
+            label_selector=dict(config.placement.label_selector) or None,
+        ),
+        run_config=ray.train.RunConfig(
+            name=Path(checkpoint.ROOT).name,
+            storage_path=job.run.path("train"),
+            storage_filesystem=job.run.fs,
+            # StartLimit bounds the tries to start the workers by time, preemptions are not the run's fault
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[StartLimit(_wanted(config), config.start_timeout_s)],  # type: ignore[list-item]
+        ),
+    )
 
 
-def _save(state: Strategy) -> None:
-    # Ray merges what the ranks report, and only then takes note of the checkpoint: what a dead rank left of one is
-    # never resumed from.
-    with tempfile.TemporaryDirectory() as directory:
-        state.save(Path(directory)).wait()
-        name = f"step={state.step:06d}"
-        ray.train.report({"step": state.step}, ray.train.Checkpoint(directory), checkpoint_dir_name=name)
-
-
-def _export(state: Strategy, job: Job) -> str:
-    weights = state.gather()
-    if ray.train.get_context().get_world_rank() != 0:
-        return ""
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer = models.load_tokenizer(job.config.base_model)
-        export.write(weights, state.model.config, tokenizer, job.config.export_dtype, Path(directory))
-        job.run.upload(Path(directory), MODEL)
-        return export.directory_hash(Path(directory))
+def _forget_rays_checkpoints(run: RunDirectory) -> None:
+    # checkpoint.py keeps its own marks. Ray's list is written in place, so a kill can leave half of it, and names
+    # checkpoints that were since removed; the next start would end at either.
+    for name in run.files(checkpoint.ROOT, ".json"):
+        run.fs.delete_file(run.path(name))
 
 
 def _counts(run: RunDirectory) -> dict[str, Any]:
@@ -262,14 +231,3 @@ def _counts(run: RunDirectory) -> dict[str, Any]:
         "target_tokens": sum(row.target_tokens for row in rows),
         "tokens_per_s": round(num_tokens / sum(row.step_time_s for row in rows), 1),
     }
-
-
-def _prepare_cpu(config: TrainConfig) -> None:
-    torch.set_num_threads(max(1, int(config.placement.num_cpus)))  # the workers of a node share its cores
-    if config.compute_dtype == "bfloat16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        log.warning("this CPU has no fast bfloat16: train.compute_dtype float32 takes a seventh of the time here")
-
-
-def _quieten() -> None:
-    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

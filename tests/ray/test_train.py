@@ -7,25 +7,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca_ray.artifacts import RunDirectory, Stage, begin_stage, open_run, table_hash
-from alpaca_ray.config import RunConfig, UserError
+from alpaca_ray.artifacts import RunDirectory, Stage, open_run
+from alpaca_ray.config import UserError
 from alpaca_ray.models import load_tokenizer
-from alpaca_ray.schema import DATASET_SCHEMA, EXAMPLE_SCHEMA, Example
-from alpaca_ray.settings import load_config
+from alpaca_ray.schema import EXAMPLE_SCHEMA, Example
 from alpaca_ray.train import export, loop, metrics, model, trainer
 from alpaca_ray.train.encoding import Encoded, encode
 from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.loop import StepMetrics
-from tests.plain import fine_tune
+from tests import training
+from tests.plain import fine_tune, sum_of_losses
 
 ROOT = Path(__file__).parents[2]
 NUM_EXAMPLES = 14  # 2 held out, 1 too long: 11 in batches of 4, 4 and 3, so one rank gets a share of 1
@@ -38,45 +38,14 @@ def fast_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def dataset() -> list[dict[str, Any]]:
-    rows = [
-        {"id": f"{i:03d}", "instruction": f"Say {i}", "input": "", "output": "word " * (1 + i % 4)} for i in range(13)
+    return [
+        *training.dataset(13),
+        {"id": "013", "instruction": "Say much", "input": "", "output": "word " * 500},
     ]
-    return [*rows, {"id": "013", "instruction": "Say much", "input": "", "output": "word " * 500}]
 
 
-def arguments(storage: Path, tiny_model: Path, **overrides: object) -> list[str]:
-    values = {
-        "base_model": tiny_model,
-        "heldout_fraction": 0.15,
-        "max_length": 256,
-        "num_epochs": 2,
-        "global_batch_size": 4,
-        "micro_batch_size": 1,
-        "learning_rate": 1e-2,
-        "warmup_ratio": 0.0,
-        "compute_dtype": "float32",
-        "checkpoint_every_steps": 2,
-        "max_failures": 1,
-        "num_workers": 2,
-        **overrides,
-    }
-    options = [f"--train.{name.replace('_', '-')}={value}" for name, value in values.items()]
-    return ["--recipe=tiny_cpu", "--name=r", f"--storage-path={storage}", "--train.placement.num-cpus=1", *options]
-
-
-def finish_generate(run: RunDirectory, config: RunConfig, rows: list[dict[str, Any]]) -> None:
-    table = pa.Table.from_pylist(rows, schema=DATASET_SCHEMA)
-    run.write_table("generate/dataset.parquet", table)
-    begin_stage(run, config, "generate", {}).finish({}, {"dataset.parquet": table_hash(table)})
-
-
-def begin(storage: Path, tiny_model: Path, rows: list[dict[str, Any]] | None = None, **overrides: object) -> Stage:
-    """A run whose dataset is done, and whose train stage was begun or is gone on with."""
-    config = load_config(arguments(storage, tiny_model, **overrides))
-    run = open_run(config.storage_path, config.name)
-    if not run.exists("generate/manifest.json"):
-        finish_generate(run, config, dataset() if rows is None else rows)
-    return begin_stage(run, config, "train", trainer.inputs(run))
+def begin(storage: Path, tiny_model: Path, **overrides: object) -> Stage:
+    return training.begin(storage, tiny_model, dataset(), **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +104,7 @@ def test_the_manifest_and_the_checkpoints_say_what_was_done(done: Stage) -> None
 
 
 def test_the_job_finds_the_stage_done(done: Stage, tiny_model: Path) -> None:
-    options = arguments(Path(done.config.storage_path), tiny_model)
+    options = training.arguments(Path(done.config.storage_path), tiny_model)
     again = subprocess.run(
         [sys.executable, "jobs/train.py", *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -226,9 +195,38 @@ def test_what_two_ranks_save_loads_in_one_process(done: Stage, tiny_model: Path,
 
 
 def test_a_cluster_without_room_is_an_error_in_time(tiny_model: Path, tmp_path: Path) -> None:
-    stage = begin(tmp_path, tiny_model, num_workers=64)
-    with pytest.raises(UserError, match=r"no room for 64 workers .* within 1 s"):
-        trainer.train(stage, start_timeout_s=1.0)
+    stage = begin(tmp_path, tiny_model, num_workers=64, start_timeout_s=1.0)
+    with pytest.raises(UserError, match=r"no room for 64 workers .* within 1 s; the cluster has 1 nodes"):
+        trainer.train(stage)
+
+
+class TakeTheRoom:
+    """After a step, rank 1 asks for more than is left, and dies: its own place goes to what it asked for."""
+
+    def __call__(self, row: StepMetrics) -> None:
+        if dist.get_rank() == 1 and row.step == 3:
+            placement_group([{"CPU": 1}] * 3, name="taken", lifetime="detached")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_run_that_loses_its_room_for_good_is_an_error_in_time(tiny_model: Path, tmp_path: Path) -> None:
+    stage = begin(tmp_path, tiny_model, start_timeout_s=8.0)
+    try:
+        with pytest.raises(UserError, match=r"no room for 2 workers .* within 8 s; the cluster has 1 nodes"):
+            trainer.train(stage, on_step=TakeTheRoom())
+    finally:
+        remove_placement_group(get_placement_group("taken"))
+
+
+def test_the_heldout_loss_is_that_of_the_exported_model(done: Stage) -> None:
+    rows = metrics.read(done.run)
+    assert [row.step for row in rows if row.heldout_loss is not None] == [2, 4, 6]
+    heldout = [Encoded(**row) for row in done.run.read_table("train/heldout_encoded.parquet").to_pylist()]
+    plain = AutoModelForCausalLM.from_pretrained(done.run.path("train/model"))
+    with torch.no_grad():
+        expected = sum(float(sum_of_losses(plain, row)) for row in heldout) / sum(r.num_targets for r in heldout)
+    assert rows[-1].heldout_loss == pytest.approx(expected, rel=1e-5)
+    assert sorted(row.id for row in heldout) == done.run.read_table("train/heldout.parquet")["id"].to_pylist()
 
 
 def test_a_dataset_of_rejects_is_refused_and_kept(tiny_model: Path, tmp_path: Path) -> None:
