@@ -275,7 +275,14 @@ def wait_for_size(driver: Driver, world_size: int, after_s: float) -> float:
 
 def give_notice(driver: Driver, cluster: Nodes) -> tuple[float, float]:
     """Have the second node's cloud take it back: when it said so, and seconds from there to the checkpoint."""
-    node_id = next(r.node_id for r in reversed(driver.rows()) if cluster.is_on_node(r.pid))
+    there: list[str] = []
+
+    def is_there() -> bool:
+        there[:] = [r.node_id for r in driver.rows() if cluster.is_on_node(r.pid)]
+        return bool(there)
+
+    driver.wait(is_there, "a step of a worker on the second node")
+    node_id = there[-1]
     with MetadataServer() as server:
         command = [
             sys.executable, "-m", "alpaca_ray.cluster.preemption", "--cloud", "aws", "--metadata-url", server.url,

@@ -12,7 +12,6 @@ import ray.train
 import torch
 import torch.distributed as dist
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -200,12 +199,19 @@ def test_a_cluster_without_room_is_an_error_in_time(tiny_model: Path, tmp_path: 
         trainer.train(stage)
 
 
+class Holder:
+    """An actor that does nothing but hold its room."""
+
+
 class TakeTheRoom:
-    """After a step, rank 1 asks for more than is left, and dies: its own place goes to what it asked for."""
+    """After a step, rank 1 asks for more than is left, and dies: its own place goes to what it asked for.
+
+    An actor waits at the node itself and gets what is freed at once; a placement group would be tried again later.
+    """
 
     def __call__(self, row: StepMetrics) -> None:
         if dist.get_rank() == 1 and row.step == 3:
-            placement_group([{"CPU": 1}] * 3, name="taken", lifetime="detached")
+            ray.remote(Holder).options(num_cpus=3, name="holder", lifetime="detached", get_if_exists=True).remote()
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -215,7 +221,7 @@ def test_a_run_that_loses_its_room_for_good_is_an_error_in_time(tiny_model: Path
         with pytest.raises(UserError, match=r"no room for 2 workers .* within 8 s; the cluster has 1 nodes"):
             trainer.train(stage, on_step=TakeTheRoom())
     finally:
-        remove_placement_group(get_placement_group("taken"))
+        ray.kill(ray.get_actor("holder"))
 
 
 def test_the_heldout_loss_is_that_of_the_exported_model(done: Stage) -> None:
