@@ -28,6 +28,8 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/novelty.py --quick
 	$(BIN)/python benchmarks/generate.py --quick
 	$(BIN)/python benchmarks/kills.py --quick
+	$(BIN)/python benchmarks/train.py --quick
+	$(BIN)/python benchmarks/train_kills.py --quick
 
 # torch is held at the version that was measured, and without the suffix of its build: pip takes the CPU or the CUDA
 # build of it, whichever the machine's index gives.
