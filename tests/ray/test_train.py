@@ -202,26 +202,38 @@ def test_a_cluster_without_room_is_an_error_in_time(tiny_model: Path, tmp_path: 
 class Holder:
     """An actor that does nothing but hold its room."""
 
+    def is_there(self) -> bool:
+        return True
+
+
+def hold(num_cpus: int) -> Any:
+    holder = ray.remote(Holder).options(
+        num_cpus=num_cpus, name=f"holder of {num_cpus}", lifetime="detached", get_if_exists=True
+    )
+    return holder.remote()
+
 
 class TakeTheRoom:
-    """After a step, rank 1 asks for more than is left, and dies: its own place goes to what it asked for.
+    """After a step, rank 1 takes what is free, asks for one CPU more, and dies: what it leaves goes to who waits.
 
-    An actor waits at the node itself and gets what is freed at once; a placement group would be tried again later.
+    An actor waits at the node itself and gets what is freed at once. Were a place free, the run could restart there.
     """
 
     def __call__(self, row: StepMetrics) -> None:
         if dist.get_rank() == 1 and row.step == 3:
-            ray.remote(Holder).options(num_cpus=3, name="holder", lifetime="detached", get_if_exists=True).remote()
+            ray.get(hold(2).is_there.remote())
+            hold(1)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_run_that_loses_its_room_for_good_is_an_error_in_time(tiny_model: Path, tmp_path: Path) -> None:
-    stage = begin(tmp_path, tiny_model, start_timeout_s=8.0)
+    stage = begin(tmp_path, tiny_model, start_timeout_s=8.0, max_failures=10)
     try:
         with pytest.raises(UserError, match=r"no room for 2 workers .* within 8 s; the cluster has 1 nodes"):
             trainer.train(stage, on_step=TakeTheRoom())
     finally:
-        ray.kill(ray.get_actor("holder"))
+        for name in ("holder of 2", "holder of 1"):
+            ray.kill(ray.get_actor(name))
 
 
 def test_the_heldout_loss_is_that_of_the_exported_model(done: Stage) -> None:
