@@ -40,7 +40,7 @@ class Facts:
     reasons: Mapping[str, int]  # of rejection
     dataset_hash: str | None
     rows: Sequence[Mapping[str, Any]]  # of metrics.jsonl, at least one
-    hardware: str
+    device: str
     base_license: str | None
     versions: Mapping[str, str]
 
@@ -63,7 +63,7 @@ def collect(run: RunDirectory, config: TrainConfig) -> Facts:
         reasons=Counter(rejects["reason"].to_pylist()),
         dataset_hash=manifest["outputs"].get("dataset.parquet"),
         rows=rows,
-        hardware=f"{rows[-1].get('num_workers', config.workers[1])} x {device_name()}",
+        device=device_name(),
         base_license=base_license(config.base_model),
         versions={name: importlib.metadata.version(name) for name in PACKAGES},
     )
@@ -103,7 +103,8 @@ def render(facts: Facts) -> str:
         targets=sum(row["target_tokens"] for row in facts.rows),
         hours=f"{seconds / 3600:.2f} h",
         tokens_per_s=num_tokens / seconds,
-        energy=_energy(facts, seconds),
+        hardware=_hardware(facts),
+        energy=_energy(facts),
     )
     return f"---\n{front_matter(facts).to_yaml()}\n---\n\n{body}"
 
@@ -136,7 +137,7 @@ def base_license(reference: str) -> str | None:
     path = Path(resolved) / "README.md" if Path(resolved).is_dir() else resolved
     try:
         data = ModelCard.load(path).data.to_dict()
-    except (OSError, ValueError):
+    except (OSError, ValueError, yaml.YAMLError):
         return None
     name = data.get("license_name") if data.get("license") == "other" else data.get("license")
     return str(name) if name else None
@@ -179,14 +180,18 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, f
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
-def _energy(facts: Facts, seconds: float) -> str:
-    known = [gpu for gpu in estimate.gpus().values() if gpu.cuda_name in facts.hardware]
+def _hardware(facts: Facts) -> str:
+    workers = [row["num_workers"] for row in facts.rows]
+    fewest, most = min(workers), max(workers)  # an elastic run has had both
+    return f"{most if fewest == most else f'{fewest} to {most}'} x {facts.device}"
+
+
+def _energy(facts: Facts) -> str:
+    known = [gpu for gpu in estimate.gpus().values() if gpu.cuda_name in facts.device]
     if not known:
         return "not measured"
-    num_devices = int(facts.hardware.partition(" x ")[0])
-    return (
-        f"not measured; at most {known[0].power_w * num_devices * seconds / 3.6e6:.1f} kWh, by the boards' power limit"
-    )
+    device_seconds = sum(row["step_time_s"] * row["num_workers"] for row in facts.rows)
+    return f"not measured; at most {known[0].power_w * device_seconds / 3.6e6:.1f} kWh, by the boards' power limit"
 
 
 def _literal(text: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, cast
 import pyarrow.fs
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -59,6 +59,7 @@ class Saved:
 def save(state: Trained, directory: Path) -> Saved:
     """Copy the state in memory, then write this rank's part to `directory` in a thread; every rank must call it.
 
+    Of the model the weights that are trained: frozen ones are read with the base model, run by run.
     DCP's index `.metadata` comes last, and only when all ranks have written.
     """
     written = async_save(_as_dict(state), checkpoint_id=directory, process_group=own_group())
@@ -69,7 +70,13 @@ def load(state: Trained, directory: Path) -> None:
     """Restore `state` in place from a merged checkpoint; every rank must call it."""
     saved = _as_dict(state)
     dcp_load(saved, checkpoint_id=directory)
-    set_state_dict(state.model, state.optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    set_state_dict(
+        state.model,
+        state.optimizer,
+        model_state_dict=saved["model"],
+        optim_state_dict=saved["optimizer"],
+        options=StateDictOptions(strict=False),  # frozen weights are not there
+    )
     state.step = saved["step"]
 
 
@@ -238,4 +245,8 @@ def _gloo_beside(world: dist.ProcessGroup) -> dist.ProcessGroup:
 def _as_dict(state: Trained) -> dict[str, Any]:
     # Keyed by parameter names, not by positions in the optimizer, so that another world size finds them.
     model, optimizer = get_state_dict(state.model, state.optimizer)
+    # torch's own ignore_frozen_params leaves tied weights in.
+    for name, parameter in state.model.named_parameters(remove_duplicate=False):
+        if not parameter.requires_grad:
+            del model[name]
     return {"model": model, "optimizer": optimizer, "step": state.step}

@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from alpaca_ray.config import TrainConfig, UserError
-from alpaca_ray.train.model import make_optimizer
+from alpaca_ray.train.model import make_optimizer, wrap_layers
+from alpaca_ray.train.strategy import Weights
 
 WEIGHT = "fp32"  # the master
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's names for what it remembers of a weight
@@ -78,8 +79,7 @@ class DeepSpeed:
     def __init__(self, model: PreTrainedModel, config: TrainConfig) -> None:
         refuse(config)
         self._library = load_library(on_gpu=config.placement.num_gpus > 0)
-        if config.activation_checkpointing:
-            model.activation_checkpointing_enable()
+        wrap_layers(model, config)
         self._optimizer = make_optimizer(model, config)
         self._engine, self._zero, *_ = self._library.initialize(
             model=model, optimizer=self._optimizer, config=settings(config, model.config.hidden_size)
@@ -87,6 +87,7 @@ class DeepSpeed:
         self._make_moments()
         self._engine.config = model.config  # DeepSpeed's own would hide it, and is of no more use
         self.model: PreTrainedModel = self._engine
+        self.device: torch.device = self._engine.device  # ZeRO-3 may keep the weights in host memory
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         """See Strategy.backward. DeepSpeed averages gradients over the ranks, hence the scale."""
@@ -132,21 +133,16 @@ class DeepSpeed:
                 self._restore(parts, kind)
         self._set_steps(step)
 
-    def gather(self) -> dict[str, Tensor]:
-        """See Strategy.gather. Weights that are not trained were rounded to the dtype that computes."""
-        module, is_first = self._engine.module, dist.get_rank() == 0
-        whole = {}
-        for parameter in module.parameters():
-            full = self._full(parameter, WEIGHT)  # on every rank, one at a time
-            if is_first:
-                whole[parameter] = full.float().cpu()
-        if not is_first:
-            return {}
+    def weights(self) -> Weights:
+        """See Strategy.weights. Those that are not trained were rounded to the dtype that computes."""
+        module = self._engine.module
         parameters = dict(module.named_parameters(remove_duplicate=False))  # tied ones by both names
-        return {
-            name: whole[parameters[name]] if name in parameters else value
-            for name, value in module.state_dict().items()
-        }
+        rest = {name: value for name, value in module.state_dict().items() if name not in parameters}
+
+        def whole(name: str) -> Tensor:
+            return self._full(parameters[name], WEIGHT) if name in parameters else cast(Tensor, rest[name])
+
+        return Weights(parameters | rest, whole, has_values=dist.get_rank() == 0)
 
     def _make_moments(self) -> None:
         """Stages 1 and 2 look for the moments of all groups of weights when only the first group has been stepped.
@@ -187,9 +183,8 @@ class DeepSpeed:
 
     def _set(self, parameter: Parameter, kind: str, value: Tensor) -> None:
         utils, share = self._library.utils, getattr(parameter, "ds_tensor", None)
-        if (
-            share is not None
-        ):  # stage 3: its own setter of whole weights fails where they do not divide evenly by the ranks
+        if share is not None:
+            # Stage 3: its own setter of whole weights fails where they do not divide evenly by the ranks.
             size, rank = share.numel(), dist.get_rank()
             value = pad(value, (0, size * dist.get_world_size() - value.numel()))[rank * size : (rank + 1) * size]
         if kind == WEIGHT:

@@ -44,6 +44,7 @@ class Index(Strict):
     format: Literal[1] = 1
     fingerprint: str
     tensors: dict[str, Digests]
+    headers: dict[str, str]  # of the tensors' files, which are the tuned model's -> SHA-256
     files: dict[str, str]  # those beside the tensors -> SHA-256
 
 
@@ -96,14 +97,17 @@ def make(base: str, tuned: str, out: Path) -> Made:
     with _new_directory(out) as target:
         source, base_model = _directory(tuned), Base(_directory(base))
         digests: dict[str, Digests] = {}
+        headers: dict[str, str] = {}
         for file in _files(source):
-            with tensor_file.Writer(target / (PREFIX + file.path.name), file.header) as writer:
+            headers[file.path.name] = hashlib.sha256(file.header).hexdigest()
+            with tensor_file.create(target / (PREFIX + file.path.name), file.header) as add:
                 for entry in file.entries:
                     data = file.raw(entry) ^ base_model.fitted(entry)
-                    writer.add(data)
+                    add(data)
                     of_base, of_diff, of_tuned = map(_sha256, (base_model.raw(entry.name), data, file.raw(entry)))
                     digests[entry.name] = Digests(base=of_base, diff=of_diff, tuned=of_tuned)
-        index = Index(fingerprint=_fingerprint(digests), tensors=digests, files=_copy_others(source, target))
+        others = _copy_others(source, target)
+        index = Index(fingerprint=_fingerprint(digests), tensors=digests, headers=headers, files=others)
         (target / INDEX).write_text(index.model_dump_json(indent=1) + "\n", encoding="utf-8")
     return Made(out, len(digests), index.fingerprint)
 
@@ -118,11 +122,12 @@ def recover(base: str, diff: str, out: Path) -> Made:
     base_model, files = Base(_directory(base)), list(_files(source))
     _refuse_incomplete(files, index.tensors)
     _refuse_wrong_base(base_model, index.tensors)
+    _refuse_damaged_headers(files, index.headers)
     with _new_directory(out) as target:
         for file in files:
-            with tensor_file.Writer(target / file.path.name.removeprefix(PREFIX), file.header) as writer:
+            with tensor_file.create(target / file.path.name.removeprefix(PREFIX), file.header) as add:
                 for entry in file.entries:
-                    writer.add(_recovered(file, entry, base_model, index.tensors[entry.name]))
+                    add(_recovered(file, entry, base_model, index.tensors[entry.name]))
         if _copy_others(source, target) != index.files:
             raise UserError(f"{source}: the files beside the tensors are not those of {INDEX}: get the diff again")
     return Made(out, len(index.tensors), index.fingerprint)
@@ -152,6 +157,12 @@ def _refuse_incomplete(files: Iterable[TensorFile], digests: Mapping[str, Digest
         f"the diff's files and {INDEX} do not name the same tensors; in one of them only:",
         "Get the diff again",
     )
+
+
+def _refuse_damaged_headers(files: Iterable[TensorFile], digests: Mapping[str, str]) -> None:
+    for file in files:
+        if hashlib.sha256(file.header).hexdigest() != digests.get(file.path.name.removeprefix(PREFIX)):
+            raise UserError(f"{file.path}: its header is damaged, or {INDEX} is not this diff's: get the diff again")
 
 
 def _refuse(names: Iterable[str], what: str, remedy: str) -> None:

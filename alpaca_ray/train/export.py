@@ -3,24 +3,36 @@
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from alpaca_ray import models
+from alpaca_ray.config import TrainConfig
 from alpaca_ray.prompts import alpaca_chat_template
-from alpaca_ray.train import tensor_file
+from alpaca_ray.train import lora, tensor_file
+from alpaca_ray.train.strategy import Strategy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SHARD_SIZE = "5GB"  # of a file, as in transformers; memory holds one tensor, however large the file
 CARD_FILES = ("README.md", "losses.svg")
+
+
+def write_trained(state: Strategy, config: TrainConfig, directory: Path | None) -> None:
+    """Write the model that is trained, its adapters merged; every rank must call it, all but one with `directory` None.
+
+    That one is rank 0, the only one with values.
+    """
+    weights = state.weights()
+    plain = lora.Merged(weights, config.lora) if config.lora else weights
+    write(plain, state.model.config, models.load_tokenizer(config.base_model), config.export_dtype, directory)
 
 
 def write(
@@ -32,7 +44,7 @@ def write(
 ) -> None:
     """Write the weights in `dtype` ("float32" or "bfloat16"), with all that `from_pretrained` needs.
 
-    Sharded weights come as `Whole`: then every rank must call this, and all but one with `directory` None.
+    `directory` None: ask for the weights in the same order, which a sharded model's `Weights` need, and write nothing.
     The chat template is Alpaca's, since the model knows no other prompt, and generation ends at the token that the
     answers ended with.
     """
@@ -69,32 +81,6 @@ def directory_hash(directory: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-class Whole(Mapping[str, Tensor]):
-    """A sharded model's weights, each gathered when it is asked for: every rank must ask for the same ones in turn."""
-
-    def __init__(self, weights: Mapping[str, Tensor], writes: bool) -> None:
-        """`writes`: whether this rank gets the values, in host memory; the others get shapes (meta tensors)."""
-        self._weights = weights
-        self._device = "cpu" if writes else "meta"
-
-    def __getitem__(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        if isinstance(weight, DTensor):
-            # Offloaded shards lie in host memory; the ranks' fast network joins devices.
-            on_device = cast(DTensor, weight.to(weight.device_mesh.device_type))
-            weight = on_device.full_tensor()
-        return weight.detach().to(self._device)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._weights  # Mapping's own would gather it
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)
-
-
 def skeleton(config: PreTrainedConfig, dtype: str) -> PreTrainedModel:
     """The model without weights (on the meta device): names, shapes, which of them are tied."""
     with torch.device("meta"):
@@ -126,6 +112,6 @@ def write_weights(
 
 
 def _write_file(path: Path, shapes: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    with tensor_file.Writer(path, tensor_file.header(shapes)) as file:
+    with tensor_file.create(path, tensor_file.header(shapes)) as add:
         for name, shape in shapes.items():
-            file.add(tensor_file.raw(weights[name].to(shape.dtype)))
+            add(tensor_file.raw(weights[name].to(shape.dtype)))

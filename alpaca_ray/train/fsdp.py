@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from alpaca_ray.config import TrainConfig
 from alpaca_ray.train import checkpoint
-from alpaca_ray.train.model import decoder_layers, make_optimizer
+from alpaca_ray.train.model import decoder_layers, make_optimizer, wrap_layers
+from alpaca_ray.train.strategy import Weights
 
 
 class Fsdp:
@@ -32,13 +33,10 @@ class Fsdp:
         mesh: DeviceMesh,
         make_optimizer: Callable[[PreTrainedModel, TrainConfig], torch.optim.Optimizer] = make_optimizer,
     ) -> None:
-        if config.activation_checkpointing:
-            model.activation_checkpointing_enable()
-        if config.compile:
-            for layer in decoder_layers(model):
-                layer.compile(dynamic=True)  # a micro-batch's length is its own
+        wrap_layers(model, config)
         shard(model, config, mesh)
         self.model, self.step = model, 0
+        self.device = torch.device(mesh.device_type)
         self.optimizer = make_optimizer(model, config)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
@@ -48,8 +46,7 @@ class Fsdp:
     def update(self, learning_rate: float, max_grad_norm: float, check: Callable[[float], None]) -> float:
         """See Strategy.update."""
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm)
-        assert isinstance(norm, DTensor)  # since the parameters are: each rank has its part of the squares
-        grad_norm = float(norm.full_tensor())
+        grad_norm = float(_full(norm))  # where parameters are sharded, each rank has its part of the squares
         check(grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -66,18 +63,25 @@ class Fsdp:
         """See Strategy.load."""
         checkpoint.load(self, directory)
 
-    def gather(self) -> dict[str, Tensor]:
-        """See Strategy.gather."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        return cast(dict[str, Tensor], get_model_state_dict(self.model, options=options))
+    def weights(self) -> Weights:
+        """See Strategy.weights."""
+        shards = get_model_state_dict(self.model)
+        # Offloaded shards lie in host memory; the ranks' fast network joins devices.
+        return Weights(
+            shards, lambda name: _full(cast(Tensor, shards[name]).to(self.device)), has_values=dist.get_rank() == 0
+        )
 
 
 def shard(model: PreTrainedModel, config: TrainConfig, mesh: DeviceMesh) -> None:
     """Shard in place: one group for each decoder layer, one for the rest.
 
     The rest (embedding, last norm, head) stays in one group, because tied embeddings are one parameter of two
-    modules. Gradients are reduced in fp32 whatever the compute dtype.
+    modules. Gradients are reduced in fp32 whatever the compute dtype. One rank that computes in fp32 keeps the plain
+    model: FSDP2 would copy all weights and gradients in each pass (135M on a CPU: a tenth of a step).
     """
+    if mesh.size() == 1 and config.compute_dtype == "float32" and not config.cpu_offload:
+        model.to(mesh.device_type)  # type: ignore[arg-type]
+        return
     weights = _whole_weights(model)
     offloads = config.cpu_offload and mesh.device_type != "cpu"
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.compute_dtype), reduce_dtype=torch.float32)
@@ -95,6 +99,10 @@ def _whole_weights(model: PreTrainedModel) -> dict[str, Any] | None:
     if not is_empty:
         return None
     return dict(model.state_dict()) if dist.get_rank() == 0 else {}
+
+
+def _full(weight: Tensor) -> Tensor:
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 def _receive(model: PreTrainedModel, weights: dict[str, Any], device: torch.device) -> None:

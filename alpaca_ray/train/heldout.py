@@ -8,20 +8,18 @@ import torch.distributed as dist
 from alpaca_ray.config import TrainConfig
 from alpaca_ray.train.collate import collate
 from alpaca_ray.train.encoding import Encoded
-from alpaca_ray.train.model import compute_device
 from alpaca_ray.train.packing import micro_batches
 from alpaca_ray.train.strategy import Strategy
 
 
 def heldout_loss(state: Strategy, examples: Sequence[Encoded], config: TrainConfig) -> float:
     """Nats per target token, the mean over all examples, the same on every rank. Collective; leaves the state as is."""
-    device = compute_device(state.model)
-    summed = torch.zeros((), dtype=torch.float64, device=device)
+    summed = torch.zeros((), dtype=torch.float64, device=state.device)
     state.model.eval()  # type: ignore[no-untyped-call]
     try:
         with torch.no_grad():
             for rows in micro_batches(examples, config, dist.get_world_size())[dist.get_rank()]:
-                summed += state.model(**collate(rows, config.packing, device))
+                summed += state.model(**collate(rows, config.packing, state.device))
     finally:
         state.model.train()
     dist.all_reduce(summed)

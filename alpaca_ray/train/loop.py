@@ -11,7 +11,6 @@ import torch.distributed as dist
 from alpaca_ray.config import TrainConfig, UserError
 from alpaca_ray.train.collate import collate, num_row_tokens
 from alpaca_ray.train.encoding import Encoded
-from alpaca_ray.train.model import compute_device
 from alpaca_ray.train.order import batch_ids, steps_per_epoch
 from alpaca_ray.train.packing import MicroBatch, micro_batches
 from alpaca_ray.train.strategy import Strategy
@@ -102,7 +101,7 @@ def backward(state: Strategy, shares: Sequence[Sequence[MicroBatch]], config: Tr
     "global": the mean over its target tokens. "micro_batch": the mean of the micro-batches' means, as Alpaca had it,
     which weighs a token by the company it is in.
     """
-    device, rank = compute_device(state.model), dist.get_rank()
+    device, rank = state.device, dist.get_rank()
     local_sum = torch.zeros((), dtype=torch.float64, device=device)
     mine = list(zip(shares[rank], divisors(shares, config.loss_normalization)[rank], strict=True))
     for i, (rows, divisor) in enumerate(mine):

@@ -67,6 +67,8 @@ class Merged(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         """W + B A * alpha / R in fp32; the weight itself where it has no adapter."""
+        if name not in self:
+            raise KeyError(name)
         layer = name.removesuffix(WEIGHT)
         if layer + A not in self._weights:
             return self._weights[name]
@@ -81,11 +83,6 @@ class Merged(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
-
-
-def merge(weights: Mapping[str, Tensor], lora: LoraConfig) -> dict[str, Tensor]:
-    """`Merged`, all at once."""
-    return dict(Merged(weights, lora))
 
 
 def _targets(model: PreTrainedModel, names: list[str]) -> Iterator[tuple[str, nn.Linear]]:

@@ -3,12 +3,12 @@
 B: rows of a micro-batch, T: tokens of a row, N: targets, C: width of the model, V: vocabulary.
 """
 
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -98,12 +98,6 @@ def _loss(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def compute_device(model: PreTrainedModel) -> torch.device:
-    """Where its inputs belong; offloaded parameters lie elsewhere."""
-    parameter = next(model.parameters())
-    return torch.device(parameter.device_mesh.device_type) if isinstance(parameter, DTensor) else parameter.device
-
-
 def make_mesh(device_type: str, world_size: int) -> DeviceMesh:
     """One dimension over all ranks; `device_type` is "cpu" or "cuda"."""
     return init_device_mesh(device_type, (world_size,))
@@ -119,6 +113,21 @@ def decoder_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
             "of it, so its decoder layers are unknown. Choose a base model of a decoder architecture, such as Llama"
         )
     return layers
+
+
+def wrap_layers(model: PreTrainedModel, config: TrainConfig) -> None:
+    """Compile each decoder layer and recompute its activations, as the config says, in place; before it is sharded.
+
+    The hooks that gather a layer's shards stay outside. So does recomputing outside what is compiled: dynamo gives
+    up a checkpoint that has a graph break within, which attention is, and transformers' own would compile nothing.
+    """
+    if not (config.compile or config.activation_checkpointing):
+        return
+    for layer in decoder_layers(model):
+        if config.compile:
+            layer.forward = torch.compile(layer.forward, dynamic=True)  # a micro-batch's length is its own
+        if config.activation_checkpointing:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def make_optimizer(model: PreTrainedModel, config: TrainConfig) -> torch.optim.AdamW:

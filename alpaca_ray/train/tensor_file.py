@@ -4,15 +4,15 @@ Format: 8 bytes of header length (little endian), a JSON header, then the tensor
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alpaca_ray.config import UserError
@@ -24,7 +24,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 @dataclass(frozen=True)
@@ -44,37 +43,30 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         """Raises UserError for a file that is torn or no safetensors file."""
         self.path = path
-        self.header = _header(path)
+        try:
+            with safe_open(path, "pt"):  # it looks at every name, length and offset
+                pass
+        except SafetensorError as error:
+            raise UserError(f"{path} is no safetensors file, or torn: {error}") from None
+        with path.open("rb") as file:
+            self.header = file.read(int.from_bytes(file.read(8), "little"))
         items = json.loads(self.header)
         items.pop("__metadata__", None)
         entries = [Entry(k, v["dtype"], tuple(v["shape"]), *v["data_offsets"]) for k, v in items.items()]
         self.entries: Sequence[Entry] = sorted(entries, key=lambda entry: entry.begin)
-        expected = 8 + len(self.header) + (self.entries[-1].end if self.entries else 0)
-        if path.stat().st_size != expected:
-            raise UserError(f"{path} is torn: it has {path.stat().st_size} bytes, its header promises {expected}")
-        self._data = np.memmap(path, mode="r", offset=0)[8 + len(self.header) :]
+        self._data = np.memmap(path, mode="r")[8 + len(self.header) :]
 
     def raw(self, entry: Entry) -> Bytes:
         """A tensor's bytes, a view into the file."""
         return self._data[entry.begin : entry.end]
 
 
-class Writer:
-    """A file being written: the header first, then the tensors' bytes in its order."""
-
-    def __init__(self, path: Path, header: bytes) -> None:
-        self._file = ExitStack().enter_context(path.open("wb"))
-        self._file.write(len(header).to_bytes(8, "little") + header)
-
-    def add(self, data: Bytes) -> None:
-        """The next tensor's bytes."""
-        self._file.write(data.data)
-
-    def __enter__(self) -> "Writer":
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._file.close()
+@contextmanager
+def create(path: Path, header: bytes) -> Iterator[Callable[[Bytes], object]]:
+    """Write the header; what this gives is to be called with the bytes of each tensor, in the header's order."""
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        yield lambda data: file.write(data.data)
 
 
 def header(tensors: Mapping[str, Tensor]) -> bytes:
@@ -98,12 +90,3 @@ def raw(tensor: Tensor) -> Bytes:
 def tensor(data: Bytes, dtype: str, shape: Iterable[int]) -> Tensor:
     """The tensor that bytes stand for; it copies them."""
     return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(*shape)
-
-
-def _header(path: Path) -> bytes:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        text = file.read(length) if length <= MAX_HEADER_BYTES else b""
-    if len(text) != length or not text.startswith(b"{"):
-        raise UserError(f"{path} is no safetensors file, or torn")
-    return text

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import ray
@@ -16,14 +16,11 @@ import torch
 from ray.train import CheckpointUploadMode
 from ray.train.collective import broadcast_from_rank_zero
 from ray.util.metrics import Gauge
-from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers.utils import logging as transformers_logging
 
-from alpaca_ray import models
 from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.config import TrainConfig, UserError
-from alpaca_ray.train import card, checkpoint, estimate, export, loop, lora, metrics, model
+from alpaca_ray.train import card, checkpoint, estimate, export, loop, metrics, model
 from alpaca_ray.train.checkpoint import Pending, Shelf
 from alpaca_ray.train.deepspeed import DeepSpeed
 from alpaca_ray.train.encoding import Encoded
@@ -271,20 +268,13 @@ def _upload_mode(config: TrainConfig) -> CheckpointUploadMode:
 
 
 def _export(state: Strategy, job: Job) -> str:
-    config, first = job.config, ray.train.get_context().get_world_rank() == 0
-    sharded = config.strategy == "fsdp"  # then the ranks gather one weight at a time, as it is written
-    tensors = cast(dict[str, Tensor], get_model_state_dict(state.model)) if sharded else state.gather()
-    weights = export.Whole(tensors, first)
-    if not first and not sharded:
-        return ""
-    plain = lora.Merged(weights, config.lora) if config.lora else weights
+    first = ray.train.get_context().get_world_rank() == 0
     with tempfile.TemporaryDirectory() as directory:
         target = Path(directory) if first else None
-        tokenizer = models.load_tokenizer(config.base_model)
-        export.write(plain, state.model.config, tokenizer, config.export_dtype, target)
+        export.write_trained(state, job.config, target)
         if target is None:
             return ""
-        card.write(card.collect(job.run, config), target)
+        card.write(card.collect(job.run, job.config), target)
         job.run.upload(target, MODEL)
         return export.directory_hash(target)
 

@@ -1,6 +1,5 @@
 """ZeRO-1, 2 and 3 in real processes over gloo: the loop's losses, checkpoints on any number of ranks, LoRA, offload."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -10,18 +9,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
 
 from alpaca_ray.config import LoraConfig, TrainConfig
 from alpaca_ray.models import load_tokenizer
 from alpaca_ray.schema import Example
-from alpaca_ray.train import loop, model
+from alpaca_ray.train import export, loop, model
 from alpaca_ray.train.deepspeed import DeepSpeed
 from alpaca_ray.train.encoding import Encoded, encode
 from alpaca_ray.train.fsdp import Fsdp
 from alpaca_ray.train.heldout import heldout_loss
 from alpaca_ray.train.loop import StepMetrics
 from alpaca_ray.train.strategy import Strategy
+from tests.distributed.ranks import on_ranks
 from tests.plain import fine_tune
 
 STAGES = (1, 2, 3)
@@ -37,6 +36,7 @@ class Outcome:
     grad_norms: list[float] = field(default_factory=list)
     error: str = ""
     heldout: float = 0.0
+    num_forwards: int = 0  # of the first decoder layer's inside
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -69,12 +69,17 @@ def run(
 ) -> Outcome:
     seen: list[StepMetrics] = []
     outcome = Outcome()
+
+    def count(*_: object) -> None:
+        outcome.num_forwards += 1
+
+    state.model.base_model.get_submodule("layers.0.mlp").register_forward_pre_hook(count)
     try:
         loop.train(state, rows, config, seen.append, on_checkpoint)
     except loop.NotFinite as error:
         outcome.error = str(error)
     outcome.losses, outcome.grad_norms = [row.loss for row in seen], [row.grad_norm for row in seen]
-    outcome.weights = state.gather()
+    outcome.weights = dict(state.weights())
     return outcome
 
 
@@ -100,6 +105,7 @@ def train_all_ways(directory: Path, out: Path) -> dict[str, Outcome]:
         "whole": {},
         "short": {"num_epochs": 1},
         "lora": {"lora": LORA, "num_epochs": 1},
+        "recomputed": {"activation_checkpointing": True, "num_epochs": 1},
     }
     for name, values in oracles.items():
         config = config_for(directory, **values)
@@ -115,11 +121,22 @@ def save_on_the_way(directory: Path, out: Path, stage: int) -> dict[str, Outcome
 
     def on_checkpoint() -> None:
         state.save(out / f"stage{stage}" / f"step{state.step}").wait()
+        if state.step == SAVED_STEP:
+            write(state, config, out, stage)
         heldout.append(heldout_loss(state, rows, config))
 
     outcome = run(state, rows, config, on_checkpoint)
     outcome.heldout = heldout[0]
     return {f"whole {stage}": outcome}
+
+
+def write(state: Strategy, config: TrainConfig, out: Path, stage: int) -> None:
+    target = exported(out, stage, dist.get_world_size())
+    export.write_trained(state, config, target if dist.get_rank() == 0 else None)
+
+
+def exported(out: Path, stage: int, world_size: int) -> Path:
+    return out / f"stage{stage}" / f"model of {world_size}"
 
 
 def resume_all(directory: Path, out: Path) -> dict[str, Outcome]:
@@ -130,28 +147,11 @@ def resume_all(directory: Path, out: Path) -> dict[str, Outcome]:
         state = DeepSpeed(model.load(config), config)
         state.load(out / f"stage{stage}" / f"step{SAVED_STEP}")
         assert state.step == SAVED_STEP
+        if dist.get_world_size() != 2:
+            write(state, config, out, stage)
         loss = heldout_loss(state, rows, config)
         outcomes[f"whole {stage}"] = run(state, rows, config)
         outcomes[f"whole {stage}"].heldout = loss
-    return outcomes
-
-
-def process(rank: int, world_size: int, work: Callable[[Path, Path], dict[str, Outcome]], paths: list[Path]) -> None:
-    """One rank: `paths` are the model's directory, the place of checkpoints, and where rank 0 leaves the outcomes."""
-    os.environ["LOCAL_RANK"] = str(rank)  # DeepSpeed asks for it; Ray Train sets it
-    torch.set_num_threads(1)
-    directory, out, answer = paths
-    dist.init_process_group("gloo", init_method=f"file://{answer}.store", rank=rank, world_size=world_size)
-    outcomes = work(directory, out)
-    if rank == 0:
-        torch.save(outcomes, answer)
-    dist.destroy_process_group()
-
-
-def start(world_size: int, work: Callable[..., Any], directory: Path, out: Path) -> dict[str, Outcome]:
-    answer = out / f"{work.__name__}-{world_size}.pt"
-    spawn(process, (world_size, work, [directory, out, answer]), nprocs=world_size)  # type: ignore[no-untyped-call]
-    outcomes: dict[str, Outcome] = torch.load(answer, weights_only=False)
     return outcomes
 
 
@@ -162,13 +162,14 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tiny_model: Path, out: Path) -> dict[str, Outcome]:
-    return start(2, train_all_ways, tiny_model, out)
+    outcomes: dict[str, Outcome] = on_ranks(2, train_all_ways, tiny_model, out)
+    return outcomes
 
 
 @pytest.fixture(scope="module")
 def resumed(tiny_model: Path, out: Path, trained: dict[str, Outcome]) -> Callable[[int], dict[str, Outcome]]:
     """What so many ranks make of the checkpoints of two; `trained` has written them."""
-    return cache(lambda world_size: start(world_size, resume_all, tiny_model, out))
+    return cache(lambda world_size: on_ranks(world_size, resume_all, tiny_model, out))
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -211,6 +212,11 @@ def test_saving_memory_changes_nothing(trained: dict[str, Outcome], way: str, st
     assert ours.grad_norms == pytest.approx(plain.grad_norms, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["fsdp", *STAGES])
+def test_activations_are_computed_again(trained: dict[str, Outcome], name: object) -> None:
+    assert trained[f"recomputed {name}"].num_forwards == 2 * trained["short fsdp"].num_forwards > 0
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_learn_as_under_fsdp(trained: dict[str, Outcome], stage: int) -> None:
     ours, theirs = trained[f"lora {stage}"], trained["lora fsdp"]
@@ -250,3 +256,13 @@ def test_other_numbers_of_ranks_go_on_where_two_stopped(
 ) -> None:
     """3 do not divide the weights evenly."""
     agree(resumed(world_size)[f"whole {stage}"], trained[f"whole {stage}"], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_exported_model_does_not_depend_on_the_number_of_ranks(
+    resumed: Callable[[int], dict[str, Outcome]], out: Path, world_size: int, stage: int
+) -> None:
+    assert resumed(world_size)
+    ours, of_two = (exported(out, stage, n) for n in (world_size, 2))
+    assert export.directory_hash(ours) == export.directory_hash(of_two)

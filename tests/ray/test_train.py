@@ -152,14 +152,12 @@ def train_and_save(loop_config: dict[str, Any]) -> None:
     config, rows, target = loop_config["config"], loop_config["rows"], Path(loop_config["target"])
     state = Fsdp(model.load(config), config, model.make_mesh("cpu", 2))
     loop.train(state, rows, config, lambda _: None, lambda: state.save(target / f"rank{dist.get_rank()}").wait())
-    weights = state.gather()
     with torch.no_grad():
         logits = state.model(torch.tensor([rows[0].input_ids])).logits
-    if dist.get_rank() == 0:
-        export.write(weights, state.model.config, load_tokenizer(config.base_model), "float32", target / "model")
+    is_first = dist.get_rank() == 0
+    export.write_trained(state, config, target / "model" if is_first else None)
+    if is_first:
         torch.save(logits, target / "logits.pt")
-    else:
-        assert not weights
 
 
 def test_what_two_ranks_save_loads_in_one_process(done: Stage, tiny_model: Path, tmp_path: Path) -> None:

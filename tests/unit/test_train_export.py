@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -13,20 +14,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from huggingface_hub import ModelCard
-from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from alpaca_ray.artifacts import RunDirectory, begin_stage
-from alpaca_ray.config import RunConfig
+from alpaca_ray.config import RunConfig, TrainConfig
 from alpaca_ray.models import load_model, load_tokenizer
 from alpaca_ray.prompts import alpaca_prompt
-from alpaca_ray.schema import EXAMPLE_SCHEMA
+from alpaca_ray.schema import EXAMPLE_SCHEMA, Example
 from alpaca_ray.settings import load_config
-from alpaca_ray.train import card, export
-from alpaca_ray.train.encoding import ENCODED_SCHEMA, REJECT_SCHEMA
-from alpaca_ray.train.model import make_mesh
-
-IDS = torch.arange(3, 40)[None]  # (1, T)
+from alpaca_ray.train import card, export, loop, model
+from alpaca_ray.train.encoding import ENCODED_SCHEMA, REJECT_SCHEMA, Encoded, encode
+from alpaca_ray.train.fsdp import Fsdp
+from alpaca_ray.train.strategy import Weights
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,52 +35,51 @@ def group_of_one() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def config_for(directory: Path, **values: object) -> TrainConfig:
+    return TrainConfig.model_validate({"base_model": str(directory), "compute_dtype": "float32"} | values)
+
+
+def build(config: TrainConfig) -> Fsdp:
+    return Fsdp(model.load(config), config, model.make_mesh("cpu", 1))
+
+
 @pytest.fixture
-def sharded(tiny_model: Path) -> PreTrainedModel:
-    plain = load_model(str(tiny_model), "float32")
-    fully_shard(plain, mesh=make_mesh("cpu", 1))
-    return plain
+def state(tiny_model: Path) -> Fsdp:
+    return build(config_for(tiny_model))
 
 
-class Watched(export.Whole):
-    """Remembers what was gathered."""
+def watched(state: Fsdp, asked: list[str], *, has_values: bool = True) -> Weights:
+    """The weights, and in `asked` the names of those that were made whole."""
+    weights = state.weights()
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.asked: list[str] = []
+    def whole(name: str) -> torch.Tensor:
+        asked.append(name)
+        return weights[name]
 
-    def __getitem__(self, name: str) -> torch.Tensor:
-        self.asked.append(name)
-        return super().__getitem__(name)
+    return Weights(weights, whole, has_values=has_values)
 
 
-def test_sharded_weights_are_gathered_once_each_and_load_in_plain_transformers(
-    sharded: PreTrainedModel, tiny_model: Path, tmp_path: Path
-) -> None:
-    weights = Watched(sharded.state_dict(), True)
-    export.write(weights, sharded.config, load_tokenizer(str(tiny_model)), "float32", tmp_path)
-
-    assert sorted(weights.asked) == sorted(sharded.state_dict().keys() - {"lm_head.weight"})  # tied to the embedding
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(plain(IDS).logits, load_model(str(tiny_model), "float32")(IDS).logits)
+def test_each_weight_is_gathered_once(state: Fsdp, tiny_model: Path, tmp_path: Path) -> None:
+    asked: list[str] = []
+    export.write(watched(state, asked), state.model.config, load_tokenizer(str(tiny_model)), "float32", tmp_path)
+    assert sorted(asked) == sorted(state.model.state_dict().keys() - {"lm_head.weight"})  # tied to the embedding
 
 
 def test_a_rank_that_does_not_write_asks_for_the_same_in_the_same_order(
-    sharded: PreTrainedModel, tiny_model: Path, tmp_path: Path
+    state: Fsdp, tiny_model: Path, tmp_path: Path
 ) -> None:
     """Each gathering is a collective: another order on another rank would hang the export."""
-    tokenizer = load_tokenizer(str(tiny_model))
-    writer, other = Watched(sharded.state_dict(), True), Watched(sharded.state_dict(), False)
-    export.write(writer, sharded.config, tokenizer, "float32", tmp_path)
-    export.write(other, sharded.config, tokenizer, "float32", None)
-    assert other.asked == writer.asked
-    assert other["model.norm.weight"].is_meta
+    tokenizer, first, other = load_tokenizer(str(tiny_model)), list[str](), list[str]()
+    export.write(watched(state, first), state.model.config, tokenizer, "float32", tmp_path)
+    without_values = watched(state, other, has_values=False)
+    export.write(without_values, state.model.config, tokenizer, "float32", None)
+    assert other == first
+    assert without_values["model.norm.weight"].is_meta
 
 
-def test_large_models_come_in_files_of_limited_size(sharded: PreTrainedModel, tiny_model: Path, tmp_path: Path) -> None:
-    plain = export.skeleton(sharded.config, "bfloat16")
-    export.write_weights(export.Whole(sharded.state_dict(), True), plain, tmp_path, "20KB")
+def test_large_models_come_in_files_of_limited_size(state: Fsdp, tiny_model: Path, tmp_path: Path) -> None:
+    plain = export.skeleton(state.model.config, "bfloat16")
+    export.write_weights(state.weights(), plain, tmp_path, "20KB")
     plain.config.save_pretrained(tmp_path)
 
     files = sorted(tmp_path.glob("*.safetensors"))
@@ -94,23 +92,54 @@ def test_large_models_come_in_files_of_limited_size(sharded: PreTrainedModel, ti
     assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), expected.parameters(), strict=True))
 
 
-def test_generation_stops_at_the_token_that_answers_end_with(
-    sharded: PreTrainedModel, tiny_model: Path, tmp_path: Path
-) -> None:
-    export.write(
-        export.Whole(sharded.state_dict(), True), sharded.config, load_tokenizer(str(tiny_model)), "float32", tmp_path
-    )
-    model: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokenizer: Any = AutoTokenizer.from_pretrained(tmp_path)
-    with torch.no_grad():  # a head that always answers the end
-        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))
-        model.lm_head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(2), 259).float())
-    chat = [{"role": "user", "content": "Say 1"}]
-    ids = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)["input_ids"]
-    answer = model.generate(ids, max_new_tokens=8)[0, ids.shape[1] :]
+DEMONSTRATIONS = {
+    "Name a fruit": "Fig", "Name a bird": "An owl.", "Count to 3": "1, 2, 3", "Add 2 and 2": "4", "Say hello": "Hello!",
+    "Translate 'chat'": "cat\n(an animal)", "Spell 'ice'": "i-c-e", "Write an emoji": "\N{SNOWMAN}",
+    "Name a colour": "Teal", "Close the tag <b>": "</b>", "Quote the end token": "It is </s>, no more.", "Sigh": "...",
+}  # fmt: skip
+MAX_NEW_TOKENS = 64
 
-    assert answer.tolist() == [tokenizer.eos_token_id]
-    assert tokenizer.decode(ids[0]) == alpaca_prompt("Say 1")
+
+@pytest.fixture(scope="module")
+def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Fsdp, Path]:
+    """A model that has learnt its demonstrations by heart, and where it is exported."""
+    target = tmp_path_factory.mktemp("exported")
+    config = config_for(
+        tiny_model, num_epochs=120, global_batch_size=len(DEMONSTRATIONS), micro_batch_size=4, learning_rate=1e-2
+    )
+    state, tokenizer, losses = build(config), load_tokenizer(str(tiny_model)), list[float]()
+    examples = [Example(question, question, "", answer) for question, answer in DEMONSTRATIONS.items()]
+    rows = [row for e in examples if isinstance(row := encode(e, tokenizer, "alpaca", 512), Encoded)]
+    loop.train(state, rows, config, lambda row: losses.append(row.loss), lambda: None)
+    assert losses[-1] < 0.05
+    export.write_trained(state, config, target)
+    return state, target
+
+
+@pytest.mark.parametrize("question", DEMONSTRATIONS)
+def test_plain_transformers_answers_as_trained_and_stops(trained: tuple[Fsdp, Path], question: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(trained[1])
+    tokenizer: Any = AutoTokenizer.from_pretrained(trained[1])
+    chat = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True)
+    answer = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS)[0, prompt["input_ids"].shape[1] :]
+
+    assert tokenizer.decode(prompt["input_ids"][0]) == alpaca_prompt(question)
+    assert answer[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(answer[:-1]) == DEMONSTRATIONS[question]
+    assert len(answer) < MAX_NEW_TOKENS / 2
+
+
+def test_plain_transformers_computes_the_trained_logits(trained: tuple[Fsdp, Path]) -> None:
+    state, directory = trained
+    plain: Any = AutoModelForCausalLM.from_pretrained(directory)
+    ids = torch.arange(3, 40)[None]  # (1, T)
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, state.model(ids).logits)
+    assert type(plain) is LlamaForCausalLM
+    assert plain.config.use_cache
+    assert plain.config.architectures == ["LlamaForCausalLM"]
+    assert plain.config.eos_token_id == plain.generation_config.eos_token_id == 2
 
 
 def test_the_card_is_no_part_of_what_the_model_is(tmp_path: Path) -> None:
@@ -169,6 +198,17 @@ def test_the_card_tells_the_run(tmp_path: Path) -> None:
     assert "| epochs, steps | 2, 6 |" in text
 
 
+def test_the_card_counts_the_energy_of_each_worker_that_was_there(tmp_path: Path) -> None:
+    """An elastic run: three steps on one GPU, three on four, an hour each; 400 W are the board's limit."""
+    run, config = finished_run(tmp_path)
+    facts = card.collect(run, config.train)
+    rows = [{**row, "step_time_s": 3600.0, "num_workers": 1 if row["step"] <= 3 else 4} for row in facts.rows]
+    text = card.render(replace(facts, rows=rows, device="NVIDIA A100-SXM4-80GB"))
+    assert "| 1 to 4 x NVIDIA A100-SXM4-80GB |" in text
+    assert "at most 6.0 kWh" in text  # 15 device hours
+    assert "| 6.00 h |" in text
+
+
 def test_the_plot_has_a_line_for_each_loss(tmp_path: Path) -> None:
     run, config = finished_run(tmp_path)
     card.write(card.collect(run, config.train), tmp_path)
@@ -195,3 +235,5 @@ def test_a_local_base_is_named_without_its_path_and_gives_its_licence(tmp_path: 
     assert ModelCard(text).data.get("base_model") is None
     assert "not stated where it was loaded from" in text
     assert card.base_license(str(copy)) == "mit"
+    (copy / "README.md").write_text("---\nlicense: [\n---\n")
+    assert card.base_license(str(copy)) is None  # a base's broken card must not cost a trained model

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from alpaca_ray import models
 from alpaca_ray.config import LoraConfig, TrainConfig, UserError
-from alpaca_ray.models import load_model, load_tokenizer
+from alpaca_ray.models import load_model
 from alpaca_ray.train import export, lora, model
 from alpaca_ray.train.fsdp import Fsdp
 
@@ -50,7 +50,7 @@ def test_at_first_the_model_computes_what_it_did(tiny_model: Path) -> None:
 def test_only_adapters_learn_and_they_are_fp32(tiny_model: Path, compute_dtype: str) -> None:
     config = config_for(tiny_model, compute_dtype)
     before = {name: p.detach().clone() for name, p in model.load(config).named_parameters()}
-    after = trained(config).gather()
+    after = trained(config).weights()
 
     changed = {name for name, weight in before.items() if not torch.equal(after[name], weight)}
     adapters = {name for name in before if name.endswith(("lora_a", "lora_b"))}
@@ -65,28 +65,28 @@ def test_merged_it_is_a_plain_model_with_the_same_logits(tiny_model: Path, tmp_p
     state = trained(config)
     with torch.no_grad():
         expected = state.model(IDS).logits
-    assert config.lora is not None
-    weights = lora.Merged(export.Whole(state.model.state_dict(), writes=True), config.lora)
-    export.write(weights, state.model.config, load_tokenizer(str(tiny_model)), "float32", tmp_path)
+    export.write_trained(state, config, tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
 
     assert not [m for m in plain.modules() if isinstance(m, lora.LoraLinear)]
-    assert weights.keys() == plain.state_dict().keys()
     base = load_model(str(tiny_model), "float32")
     with torch.no_grad():
         torch.testing.assert_close(plain(IDS).logits, expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(plain(IDS).logits, base(IDS).logits, atol=1e-2)  # it did learn
 
 
-def test_merging_all_at_once_is_merging_one_by_one(tiny_model: Path) -> None:
+def test_what_is_merged_has_the_names_and_shapes_of_the_plain_model(tiny_model: Path) -> None:
     config = config_for(tiny_model)
-    gathered = trained(config).gather()
     assert config.lora is not None
-    whole = lora.merge(gathered, config.lora)
+    weights = trained(config).weights()
+    merged, plain = lora.Merged(weights, config.lora), load_model(str(tiny_model), "float32").state_dict()
+    assert {name: weight.shape for name, weight in merged.items()} == {name: w.shape for name, w in plain.items()}
+    assert len(merged) == len(plain)
+
     name = "model.layers.1.mlp.up_proj.weight"
-    a, b = gathered[name.replace("weight", "lora_a")], gathered[name.replace("weight", "lora_b")]
-    torch.testing.assert_close(whole[name], gathered[name] + 8.0 * b @ a)  # alpha 32 / rank 4
-    assert not [name for name in whole if "lora" in name]
+    a, b = weights[name.replace("weight", "lora_a")], weights[name.replace("weight", "lora_b")]
+    torch.testing.assert_close(merged[name], weights[name] + 8.0 * b @ a)  # alpha 32 / rank 4
+    assert name.replace("weight", "lora_a") not in merged
 
 
 def test_every_rank_begins_with_the_same_adapters_and_each_layer_with_its_own(tiny_model: Path) -> None:
