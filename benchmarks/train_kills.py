@@ -69,7 +69,8 @@ class Driver:
         """Until something is so. Raises RuntimeError if the run ends or much time passes before."""
         deadline_s = time.monotonic() + DEADLINE_S
         while not holds():
-            if self.finished() or time.monotonic() > deadline_s:
+            has_ended = self.finished()
+            if (has_ended and not holds()) or time.monotonic() > deadline_s:
                 raise RuntimeError(f"never seen: {what}\n{self.log.read_text()[-3000:]}")
             time.sleep(POLL_S)
 
@@ -187,8 +188,9 @@ def _on_one_worker(directory: Path, cluster: Nodes, model: Path, plan: dict[str,
 
 def _to_the_end(started: Driver) -> RunDirectory:
     with running(started) as driver:
-        driver.wait(lambda: driver.process.poll() is not None, "the end")
-        driver.finished()
+        while not driver.finished():  # however many kills there are, none may hold up the next step for long
+            before = len(driver.rows())
+            driver.wait(lambda: driver.finished() or len(driver.rows()) > before, "the next step")  # noqa: B023
     return started.run()
 
 
