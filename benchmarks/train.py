@@ -267,6 +267,16 @@ class Bench:
         head = SHAPE.vocab_size * SHAPE.hidden_size
         return self.useful_flops - 6 * head * (num_useful(examples) - sum(e.num_targets for e in examples))
 
+    def flop_ratio(self, examples: Sequence[Encoded], micro_batch: int, length: int | None) -> float:
+        """Multiplications by weights, theirs by ours: what the ratio would be if both computed equally fast.
+
+        They multiply every token of a row by the head, padding too; we multiply the tokens before a target.
+        """
+        head = SHAPE.vocab_size * SHAPE.hidden_size  # also the embedding, which is looked up, not multiplied
+        targets = sum(e.num_targets for e in examples)
+        theirs = row_tokens(examples, micro_batch, length) * self.num_parameters
+        return theirs / (num_useful(examples) * (self.num_parameters - head) + targets * head)
+
 
 def num_useful(examples: Sequence[Encoded]) -> int:
     return sum(len(e.input_ids) for e in examples)
@@ -308,6 +318,7 @@ def against_trainer(bench: Bench, ours: Processes, peer: Processes) -> Iterator[
                 "peer_name": f"HF Trainer, {name}, micro-batch {size}",
                 "examples": len(examples),
                 "peer_row_tokens": row_tokens(examples, size, None if goal else MAX_LENGTH),
+                "ratio_at_equal_flops": round(bench.flop_ratio(examples, size, None if goal else MAX_LENGTH), 2),
                 "peer_all": per_s(num_useful(examples), taken[1:]),
             }
 
