@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "OPENAI_API_KEY": "good-key",
         "TRANSFORMERS_VERBOSITY": "error",
     }
+    # How long an example takes depends on what else the machine does.
+    hypothesis.settings.register_profile("untimed", deadline=None)
+    hypothesis.settings.load_profile("untimed")
     config.add_cleanup(lambda: shutil.rmtree(home, ignore_errors=True))
 
 
