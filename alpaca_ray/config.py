@@ -197,6 +197,43 @@ class RunConfig(Strict):
     evaluate: EvaluateConfig = EvaluateConfig()
 
 
+class AdmissionConfig(Strict):
+    """Who may ask the server for how much. Limits per minute stand with each key."""
+
+    key_file: str | None = None  # lines of `alpaca-ray keys make`; None: those of keys_env, else only this machine asks
+    keys_env: str = "ALPACA_RAY_API_KEYS"  # the variable's name; it holds the same lines, never a key
+    max_in_flight: PositiveInt | None = None  # requests at once; None: as many as the engine replicas take
+    max_waiting: Annotated[int, Field(ge=0)] = 64  # requests for their turn; one more is refused (429)
+    max_wait_s: PositiveFloat = 30.0  # for that turn
+    max_body_bytes: PositiveInt = 1_048_576
+    body_timeout_s: PositiveFloat = 30.0  # from a request's headers to the end of its body
+    request_timeout_s: PositiveFloat = 600.0  # from a request's headers to the end of its answer
+    cors_origins: list[str] = []  # web pages that may ask, https://host; none by default
+    log_prompts: bool = False  # request bodies in the access log
+
+
+class WatermarkConfig(Strict):
+    """The mark on every token that is served. No request can ask for less; the key's value stands in no config."""
+
+    enabled: bool = True  # false: for a teacher whose answers are trained on
+    key_env: str = "ALPACA_RAY_WATERMARK_KEY"  # the variable's name, on the nodes of the engine
+    key_file: str | None = None  # a file that holds the key, in place of the variable
+    gamma: Annotated[float, Field(gt=0, lt=1)] = 0.25  # share of the vocabulary that is green
+    delta: PositiveFloat = 2.0  # what green logits gain
+    allow_public_key: bool = False
+
+
+class ModerationConfig(Strict):
+    """Who judges every prompt and every sentence of an answer, the best first; without a verdict nothing passes."""
+
+    backends: Annotated[list[Literal["openai", "local"]], Field(min_length=1)] = ["local"]
+    policy: Literal["first", "both"] = "first"  # both: all are asked, and one that flags is enough
+    key_env: str = "OPENAI_API_KEY"  # the variable's name, on the node of the ingress
+    base_url: str | None = None  # None: OPENAI_BASE_URL, else OpenAI's own
+    model: str = "omni-moderation-latest"
+    timeout_s: PositiveFloat = 2.0
+
+
 class ServeArgs(Strict):
     """The `args` of the application in serve_config.yaml."""
 
@@ -206,8 +243,10 @@ class ServeArgs(Strict):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_length: PositiveInt = 2048  # prompt and completion together, in tokens
     max_batch_size: PositiveInt = 16
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.02
     num_replicas: PositiveInt = 1
+    admission: AdmissionConfig = AdmissionConfig()
+    watermark: WatermarkConfig = WatermarkConfig()
+    moderation: ModerationConfig = ModerationConfig()
     placement: Placement = Placement()
 
 

@@ -4,7 +4,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "content_filter"]  # the last: moderation cut it, never an engine
 
 
 class EngineError(RuntimeError):
@@ -28,21 +28,45 @@ class ContextLengthError(ValueError):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen. `temperature` 0 is greedy; `seed` None takes a new one from the system."""
+    """How the next token is chosen. `temperature` 0 is greedy; `seed` None takes a new one from the system.
+
+    Token k of a completion is drawn from (seed, k) alone, whatever else the batch holds.
+    """
 
     max_tokens: int | None = None  # None: as many as the context has room for
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0  # 0: all
     seed: int | None = None
+    presence_penalty: float = 0.0  # OpenAI's penalties, over the tokens of the completion
+    frequency_penalty: float = 0.0
+    num_logprobs: int | None = None  # likeliest tokens told with each token; 0: its own alone; None: nothing
 
 
 @dataclass(frozen=True)
 class TokenRequest:
-    """A prompt, never empty. `stop_token_ids` end a completion beside the model's own end-of-sequence tokens."""
+    """A prompt, never empty. `stop_token_ids` end a completion beside the model's own end-of-sequence tokens.
+
+    `emitted`: what an engine that died had already given; the completion goes on behind it, `max_tokens` counts it.
+    """
 
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams = SamplingParams()
     stop_token_ids: frozenset[int] = frozenset()
+    emitted: tuple[int, ...] = ()
+    echoes_logprobs: bool = False  # of the prompt's tokens too, in the first delta; `max_tokens` may be 0 then
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log-probability in nats, and the likeliest ones in its place, likeliest first.
+
+    Of the model as it is: before the watermark, the temperature and the penalties.
+    """
+
+    token_id: int
+    logprob: float | None  # None: the prompt's first token, which nothing foretold
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,6 +75,8 @@ class Delta:
 
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # one for each of token_ids, where they were asked for
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # in the first delta, where they were asked for
 
 
 @dataclass(frozen=True)

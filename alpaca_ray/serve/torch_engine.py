@@ -1,31 +1,37 @@
-"""The PyTorch engine: one thread takes waiting requests as a batch and decodes them together until all are done.
-
-B rows of the batch, T tokens so far (left-padded prompt and completion), V vocabulary.
-"""
+"""The PyTorch engine: one thread decodes all requests together; they join and leave between steps."""
 
 import asyncio
 import logging
 import os
 import queue
+import secrets
 import threading
-import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 
 from alpaca_ray import models
 from alpaca_ray.config import Placement, ServeArgs
-from alpaca_ray.serve.engine import Delta, EngineError, FinishReason, Health, TokenRequest, room_for_completion
+from alpaca_ray.serve.decoder import Decoder, ModuleDecoder
+from alpaca_ray.serve.engine import Delta, EngineError, Health, TokenRequest, room_for_completion
+from alpaca_ray.serve.llama import LlamaDecoder, supports
+from alpaca_ray.serve.sampling import RowSampling
+from alpaca_ray.serve.schedule import Row, Schedule, Turn
+from alpaca_ray.serve.step import Choice, Marks, Outcome, run_and_sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
+# Tokens of prompts in a step. On a CPU a step of 16 rows takes 2 to 3 times as long with 64 more, and the arithmetic is
+# as fast as it gets; a GPU has room for more beside its rows.
+PREFILL_CHUNK = {"cpu": 64, "cuda": 1024}
 
-def load_engine(args: ServeArgs) -> "TorchEngine":
+
+def load_engine(args: ServeArgs, marks: Marks | None = None) -> "TorchEngine":
     """The engine that the application's args ask for. Raises UserError if the model cannot be loaded."""
     device = "cuda" if args.placement.num_gpus > 0 else "cpu"
     if args.dtype == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -35,12 +41,23 @@ def load_engine(args: ServeArgs) -> "TorchEngine":
         )
     model: Any = models.load_model(args.model, args.dtype)
     return TorchEngine(
-        model.to(device),
-        max_length=min(args.max_length, getattr(model.config, "max_position_embeddings", args.max_length)),
-        max_batch_size=args.max_batch_size,
-        batch_wait_s=args.batch_wait_s,
+        decoder_for(model.to(device), args.max_batch_size, args.max_length),
+        end_token_ids(model),
+        marks=marks,
+        prefill_chunk=PREFILL_CHUNK[device],
         num_threads=num_threads(args.placement),
     )
+
+
+def decoder_for(model: "PreTrainedModel", num_slots: int, max_length: int) -> Decoder:
+    """Our own forward pass where it knows the architecture, transformers' where not."""
+    max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
+    if not supports(model):
+        logger.warning("%s is decoded row by row, with transformers' own code", type(model).__name__)
+        return ModuleDecoder(model, num_slots, max_length)
+    decoder = LlamaDecoder(model, num_slots, max_length)
+    logger.info("the cache of %d rows of %d tokens is %.1f GB", num_slots, max_length, decoder.cache_bytes / 1e9)
+    return decoder
 
 
 def num_threads(placement: Placement) -> int:
@@ -48,35 +65,61 @@ def num_threads(placement: Placement) -> int:
     return int(max(1, placement.num_cpus)) if placement.num_cpus > 0 else (os.cpu_count() or 1)
 
 
-class TorchEngine:
-    """An Engine over a transformers causal language model. `close()` ends its thread."""
+def end_token_ids(model: "PreTrainedModel") -> frozenset[int]:
+    """The model's end-of-sequence tokens: none, one or several, as its generation config says."""
+    ids: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
-    def __init__(
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What the engine holds now, and what it has done since it began."""
+
+    num_running: int
+    num_waiting: int
+    num_cached_tokens: int
+    num_cache_tokens: int  # that there is room for
+    num_generated_tokens: int
+    num_steps: int
+
+
+class TorchEngine:
+    """An Engine over a Decoder. `marks` go on every row's logits at every step, before anything else is done to them.
+
+    `drain` lets what is in hand end, `close` does not; either ends the thread.
+    """
+
+    def __init__(  # noqa: PLR0913 - each is a seam or a setting
         self,
-        model: "PreTrainedModel",
-        max_length: int,
-        max_batch_size: int = 16,
-        batch_wait_s: float = 0.02,
+        decoder: Decoder,
+        end_token_ids: frozenset[int] = frozenset(),
+        *,
+        marks: Marks | None = None,
+        prefill_chunk: int = PREFILL_CHUNK["cpu"],
         num_threads: int = 1,
+        new_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
-        self._model = model.eval()  # type: ignore[no-untyped-call]  # transformers has no annotation there
-        self._max_length, self._max_batch_size, self._batch_wait_s = max_length, max_batch_size, batch_wait_s
-        self._num_threads = num_threads
-        self._end_token_ids = end_token_ids(model)
-        self._waiting: queue.Queue[_Row | None] = queue.Queue()  # None: close
-        self._running: list[_Row] = []
-        self._open, self._lock = True, threading.Lock()  # under the lock: no request enters once it is closed
+        self._decoder, self._end_token_ids, self._marks = decoder, end_token_ids, marks
+        self._num_threads, self._new_seed = num_threads, new_seed
+        self._schedule = Schedule(decoder.num_slots, prefill_chunk)
+        self._arrived: queue.SimpleQueue[Row | None] = queue.SimpleQueue()  # None: no more will come
+        self._ending = self._closing = self._over = False
+        self._num_steps = self._num_generated_tokens = 0
+        self._lock = threading.Lock()
+        self._refusal: str | None = None  # under the lock: nothing enters behind the None
         self._thread = threading.Thread(target=self._run, name="torch-engine", daemon=True)
         self._thread.start()
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Delta, None]:
-        """See `Engine`."""
-        room = room_for_completion(request, self._max_length)
-        row = _Row(request, room, request.stop_token_ids | self._end_token_ids, self._model.device)
+        """See `Engine`. Raises ValueError for ids that the model does not have."""
+        row = self._row(request)
+        if row.num_left <= 0 and not request.echoes_logprobs:
+            yield Delta((), "length")
+            return
         with self._lock:
-            if not self._open:
-                raise EngineError("the engine is closed")
-            self._waiting.put(row)
+            if self._refusal is not None:
+                raise EngineError(self._refusal)
+            self._arrived.put(row)
         try:
             async for delta in row.deltas():
                 yield delta
@@ -84,175 +127,137 @@ class TorchEngine:
             row.cancelled = True
 
     async def health(self) -> Health:
-        """See `Engine`."""
-        if not self._open:
-            raise EngineError("the engine is closed")
-        return Health(num_running=len(self._running), num_waiting=self._waiting.qsize())
+        """See `Engine`. An engine that drains is healthy: what is in hand still succeeds."""
+        if self._over:
+            raise EngineError(self._refusal)
+        stats = self.stats()
+        return Health(stats.num_running, stats.num_waiting)
+
+    def stats(self) -> EngineStats:
+        """Counts as of this moment, from any thread."""
+        running = list(self._schedule.running)
+        return EngineStats(
+            num_running=len(running),
+            num_waiting=len(self._schedule.waiting) + self._arrived.qsize(),
+            num_cached_tokens=sum(row.num_cached for row in running),
+            num_cache_tokens=self._decoder.num_slots * self._decoder.max_length,
+            num_generated_tokens=self._num_generated_tokens,
+            num_steps=self._num_steps,
+        )
+
+    async def drain(self) -> None:
+        """Refuse what comes, finish what is in hand, end the thread."""
+        self._refuse("the engine is draining")
+        await asyncio.to_thread(self._thread.join)
 
     def close(self) -> None:
-        """Finish the batch in hand, fail what waits, and end the thread."""
-        self._waiting.put(None)
+        """Refuse what comes, fail what is in hand, end the thread after its step."""
+        self._closing = True
+        self._refuse("the engine is closed")
         self._thread.join()
+
+    def _refuse(self, reason: str) -> None:
+        with self._lock:
+            self._refusal = reason
+            self._arrived.put(None)
+
+    def _row(self, request: TokenRequest) -> Row:
+        decoder, params = self._decoder, request.sampling
+        num_left = room_for_completion(request, decoder.max_length) - len(request.emitted)
+        ids = [*request.prompt_token_ids, *request.emitted]
+        if min(ids) < 0 or max(ids) >= decoder.vocab_size:
+            # On a GPU such an id would end the process.
+            raise ValueError(f"token ids are 0 to {decoder.vocab_size - 1}, not {min(ids)} or {max(ids)}")
+        seed = self._new_seed() if params.seed is None else params.seed
+        sampling = RowSampling.start(params, seed, request.emitted, decoder.vocab_size, decoder.device)
+        return Row(request, sampling, num_left, request.stop_token_ids | self._end_token_ids)
 
     def _run(self) -> None:
         torch.set_num_threads(self._num_threads)
         try:
-            while rows := self._gather():
-                self._decode_or_fail(rows)
+            with torch.inference_mode():
+                while self._take_in():
+                    self._step()
+        except Exception:
+            logger.exception("the engine's thread died")
         finally:  # however the thread ends, nobody is left waiting
             with self._lock:
-                self._open = False
-            while not self._waiting.empty():
-                if row := self._waiting.get():
-                    row.fail(EngineError("the engine is closed"))
+                self._refusal, self._over = self._refusal or "the engine's thread has died", True
+                self._arrived.put(None)
+            error = EngineError(self._refusal)
+            in_hand = [*self._schedule.running, *self._schedule.waiting, *iter(self._arrived.get, None)]
+            _send([(row, error) for row in in_hand])
 
-    def _decode_or_fail(self, rows: "list[_Row]") -> None:
-        try:
-            self._decode(rows)
-        except Exception as error:  # the boundary of a batch: whoever waits hears of it, the next batch is tried
-            logger.exception("a batch of %d requests failed", len(rows))
-            for row in rows:
-                row.fail(EngineError(f"{type(error).__name__}: {error}"))
-        finally:
-            self._running = []
-
-    def _gather(self) -> "list[_Row]":
-        """Block for the first request, then give others batch_wait_s to join it. Empty: the engine closes."""
-        rows: list[_Row] = []
-        deadline_s = 0.0
-        while len(rows) < self._max_batch_size:
+    def _take_in(self) -> bool:
+        """Drop who has left, admit who has come, and wait for somebody if nobody is there. False: end."""
+        schedule = self._schedule
+        for row in schedule.drop_cancelled():
+            self._decoder.release(row.slot)
+        while not (self._ending and self._arrived.empty()):
             try:
-                row = self._waiting.get(timeout=max(0.0, deadline_s - time.monotonic()) if rows else None)
+                row_or_end = self._arrived.get(block=not (schedule.running or schedule.waiting or self._ending))
             except queue.Empty:
                 break
-            if row is None:
-                self._waiting.put(None)  # for the next call, when this batch is done
-                break
-            if not row.cancelled:
-                deadline_s = deadline_s if rows else time.monotonic() + self._batch_wait_s
-                rows.append(row)
-        return rows
+            if row_or_end is None:
+                self._ending = True
+            else:
+                schedule.waiting.append(row_or_end)
+        schedule.admit()
+        return not self._closing and (not self._ending or bool(schedule.running))
 
-    @torch.inference_mode()
-    def _decode(self, rows: "list[_Row]") -> None:
-        batch = _Batch(self._model, [row.request.prompt_token_ids for row in rows])
-        while rows:
-            self._running = rows
-            token_ids = choose(batch.logits, rows)
-            kept = [i for i, row in enumerate(rows) if row.accept(token_ids[i])]
-            rows = [rows[i] for i in kept]
-            if rows:
-                batch.step([token_ids[i] for i in kept], kept)
+    def _step(self) -> None:
+        """Schedule, run, sample, emit."""
+        turns = self._schedule.turns()
+        self._emit(self._run_and_sample(turns))
+        self._num_steps += 1
 
-
-class _Batch:
-    """Rows that share forward passes and a KV cache."""
-
-    def __init__(self, model: "PreTrainedModel", prompts: list[tuple[int, ...]]) -> None:
-        longest = max(len(prompt) for prompt in prompts)
-        # Any id serves as padding: the mask hides it.
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])  # (B, T)
-        mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])  # (B, T)
-        self._model, self._cache, self._mask = model, DynamicCache(), mask.to(model.device)
-        positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, T)
-        self.logits = self._forward(ids.to(model.device), positions)  # (B, V)
-
-    def step(self, token_ids: list[int], kept: list[int]) -> None:
-        """Append one token to each of the rows `kept`; the others leave the batch.
-
-        Dropping copies the cache once, as every step of a DynamicCache does anyway.
-        """
-        if len(kept) < len(self._mask):
-            indices = torch.tensor(kept, device=self._mask.device)
-            self._cache.batch_select_indices(indices)
-            self._mask = self._mask[indices]
-        self._mask = torch.cat([self._mask, self._mask.new_ones(len(kept), 1)], dim=1)  # (B, T)
-        positions = self._mask.sum(dim=1, keepdim=True) - 1  # (B, 1)
-        self.logits = self._forward(torch.tensor(token_ids, device=self._mask.device)[:, None], positions)
-
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        output = self._model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,  # the last position only: the others would cost T x V floats a row
-        )
-        logits: torch.Tensor = output.logits[:, -1].float()
-        return logits
-
-
-class _Row:
-    """One request in the engine's thread, and the way back to the event loop that waits for it."""
-
-    def __init__(self, request: TokenRequest, room: int, stop: frozenset[int], device: torch.device) -> None:
-        self.request = request
-        self.cancelled = False  # set by the consumer, read by the thread
-        self.generator = torch.Generator(device)
-        seed = request.sampling.seed
-        self.generator.manual_seed(seed) if seed is not None else self.generator.seed()
-        self._room, self._stop = room, stop
-        self._loop = asyncio.get_running_loop()
-        self._inbox: asyncio.Queue[Delta | EngineError] = asyncio.Queue()
-
-    async def deltas(self) -> AsyncGenerator[Delta, None]:
-        """What the thread sent, up to the finish. Raises EngineError where the batch failed."""
-        while True:
-            item = await self._inbox.get()
-            if isinstance(item, EngineError):
-                raise item
-            yield item
-            if item.finish_reason is not None:
-                return
-
-    def accept(self, token_id: int) -> bool:
-        """Send the token on; False if the row needs no further one."""
-        if self.cancelled:
-            return False
-        if token_id in self._stop:
-            self._send(Delta((), "stop"))
-            return False
-        self._room -= 1
-        finish_reason: FinishReason | None = "length" if self._room == 0 else None
-        self._send(Delta((token_id,), finish_reason))
-        return finish_reason is None
-
-    def fail(self, error: EngineError) -> None:
-        """The batch failed; a consumer that is done already takes no notice."""
-        self._send(error)
-
-    def _send(self, item: Delta | EngineError) -> None:
+    def _run_and_sample(self, turns: list[Turn]) -> list[Outcome]:
+        """What the step found; where it fails, each row is tried by itself, so that only those fail that must."""
         try:
-            self._loop.call_soon_threadsafe(self._inbox.put_nowait, item)
-        except RuntimeError:  # the consumer's event loop is closed: nobody waits any more
-            self.cancelled = True
+            return run_and_sample(self._decoder, self._marks, turns)
+        except Exception as error:  # the boundary of a step
+            logger.exception("a step with %d rows failed", len(turns))
+            if len(turns) > 1:
+                return [outcome for turn in turns for outcome in self._run_and_sample([turn])]
+            return [Outcome(turn, Choice(error=f"{type(error).__name__}: {error}")) for turn in turns]
+
+    def _emit(self, outcomes: list[Outcome]) -> None:
+        messages = [(o.turn.row, message) for o in outcomes if (message := _message(o)) is not None]
+        _send(messages)
+        for row, message in messages:
+            if isinstance(message, Delta):
+                self._num_generated_tokens += len(message.token_ids)
+            if isinstance(message, EngineError) or message.finish_reason is not None:
+                self._schedule.remove([row])
+                self._decoder.release(row.slot)
 
 
-def choose(logits: torch.Tensor, rows: "list[_Row]") -> list[int]:
-    """The next token of each row, by its own temperature, top_p and generator. logits: (B, V), float32."""
-    token_ids: list[int] = logits.argmax(dim=-1).tolist()
-    for i, row in enumerate(rows):
-        sampling = row.request.sampling
-        if sampling.temperature > 0:
-            token_ids[i] = sample(logits[i], sampling.temperature, sampling.top_p, row.generator)
-    return token_ids
+def _message(outcome: Outcome) -> Delta | EngineError | None:
+    """Take the outcome into the row; what its consumer hears of it."""
+    row, choice = outcome.turn.row, outcome.choice
+    if choice is not None and choice.error is not None:
+        return EngineError(choice.error)
+    row.num_cached += outcome.turn.num_tokens
+    row.prompt_logprobs += outcome.prompt_logprobs
+    if choice is not None and choice.token_id is not None:
+        return row.accept(choice.token_id, choice.logprob)
+    # An echo with no completion behind it.
+    return row.end("length") if row.num_left <= 0 and row.num_cached == len(row.ids) else None
 
 
-def sample(logits: torch.Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token by nucleus sampling (Holtzman et al. 2020): from the likeliest tokens that reach `top_p` together.
+def _send(messages: list[tuple[Row, Delta | EngineError]]) -> None:
+    """Every consumer's event loop is woken once a step, not once a row."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Row, Delta | EngineError]]] = {}
+    for row, message in messages:
+        by_loop.setdefault(row.loop, []).append((row, message))
+    for loop, its_messages in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_receive, its_messages)
+        except RuntimeError:  # the loop is closed: nobody waits any more
+            for row, _ in its_messages:
+                row.cancelled = True
 
-    logits: (V,). Temperature is applied first, as OpenAI and transformers do.
-    """
-    probabilities = torch.softmax(logits / temperature, dim=-1)
-    if top_p < 1:
-        ordered, order = probabilities.sort(descending=True)
-        ordered[ordered.cumsum(dim=0) - ordered >= top_p] = 0  # the token that crosses top_p stays
-        return int(order[torch.multinomial(ordered, 1, generator=generator)])
-    return int(torch.multinomial(probabilities, 1, generator=generator))
 
-
-def end_token_ids(model: "PreTrainedModel") -> frozenset[int]:
-    """The model's end-of-sequence tokens: none, one or several, as its generation config says."""
-    ids: Any = model.generation_config.eos_token_id if model.generation_config is not None else None
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+def _receive(messages: list[tuple[Row, Delta | EngineError]]) -> None:
+    for row, message in messages:
+        row.receive(message)
