@@ -1,49 +1,103 @@
-"""The OpenAI-compatible HTTP API over a TextModel: models, completions, chat completions, health. No Ray here."""
+"""The OpenAI-compatible HTTP API over a TextModel: completions, chats, models, detector, health. No Ray here."""
 
 import asyncio
 import json
-import logging
 import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from alpaca_ray.config import UserError
+from alpaca_ray.safety.detection import Detection
+from alpaca_ray.serve.answers import Answer
 from alpaca_ray.serve.engine import ContextLengthError, EngineError
-from alpaca_ray.serve.protocol import APIError, ChatCompletionRequest, CompletionRequest, explain_invalid
+from alpaca_ray.serve.errors import APIError, as_api_error, explain_invalid
+from alpaca_ray.serve.protocol import ChatCompletionRequest, CompletionRequest, DetectRequest
 from alpaca_ray.serve.text import PromptError, TextDelta, TextModel
-
-logger = logging.getLogger(__name__)
+from alpaca_ray.serve.visit import Ticket
 
 REQUESTS: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatCompletionRequest,
+    "/v1/watermark/detect": DetectRequest,
 }
 CLIENT_CLOSED_REQUEST = 499  # nginx's number; nobody is left to read it
 
+Deltas = AsyncGenerator[tuple[int, TextDelta], None]
+# A text or its token ids, no prompt among them. Raises UserError for ids that are none, EngineError if it cannot say.
+Detector = Callable[[str | tuple[int, ...]], Awaitable[Detection]]
 
-def create_api(model: TextModel, model_name: str, created_s: int | None = None) -> FastAPI:
-    """The application. `created_s`: Unix time that /v1/models shows; None: now."""
-    api = FastAPI(title="alpaca_ray", docs_url=None, redoc_url=None)
-    card = {
-        "id": model_name,
-        "object": "model",
-        "created": int(time.time()) if created_s is None else created_s,
-        "owned_by": "alpaca_ray",
-    }
+
+class ErrorDetail(BaseModel):
+    """What was wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is not 2xx."""
+
+    error: ErrorDetail = Field(description="OpenAI's form")
+
+
+# "default" also keeps FastAPI from promising 422, which is never given.
+ERRORS: dict[int | str, dict[str, Any]] = {"default": {"model": ErrorBody, "description": "Refused or failed"}}
+COMPLETED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, as events with `stream`", "content": {"text/event-stream": {}}}
+}
+
+
+def create_api(
+    model: TextModel, model_name: str, created_s: int | None = None, detector: Detector | None = None
+) -> FastAPI:
+    """The application. `created_s`: Unix time that /v1/models shows; None: now. `detector`: of the watermark."""
+    api = FastAPI(title="alpaca_ray", docs_url=None, redoc_url=None, responses=ERRORS)
     _add_error_handlers(api)
+    _add_health(api, model)
+    _add_models(api, model_name, int(time.time()) if created_s is None else created_s)
 
+    @api.post("/v1/completions", responses=COMPLETED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        return await _answer(body, request, model, model_name)
+
+    @api.post("/v1/chat/completions", responses=COMPLETED)
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        return await _answer(body, request, model, model_name)
+
+    @api.post("/v1/watermark/detect")
+    async def detect(body: DetectRequest) -> dict[str, Any]:
+        return await _detect(body, detector)
+
+    return api
+
+
+def _add_health(api: FastAPI, model: TextModel) -> None:
     @api.get("/health")
     async def health() -> dict[str, Any]:
-        state = await model.health()
+        """This process is alive."""
+        return {"status": "ok"}
+
+    @api.get("/ready")
+    async def ready() -> dict[str, Any]:
+        """The engine can answer; 503 where it cannot."""
+        try:
+            state = await model.health()
+        except Exception as error:
+            raise as_api_error(error) from None
         return {"status": "ok", "num_running": state.num_running, "num_waiting": state.num_waiting}
+
+
+def _add_models(api: FastAPI, model_name: str, created_s: int) -> None:
+    card = {"id": model_name, "object": "model", "created": created_s, "owned_by": "alpaca_ray"}
 
     @api.get("/v1/models")
     async def list_models() -> dict[str, Any]:
@@ -54,48 +108,55 @@ def create_api(model: TextModel, model_name: str, created_s: int | None = None) 
         _refuse_other_model(name, model_name)
         return card
 
-    @api.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        return await _answer(body, request, model, model_name)
-
-    @api.post("/v1/chat/completions")
-    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        return await _answer(body, request, model, model_name)
-
-    return api
-
 
 async def _answer(
     body: CompletionRequest | ChatCompletionRequest, request: Request, model: TextModel, model_name: str
 ) -> Response:
     _refuse_other_model(body.model, model_name)
     requests = body.text_requests()
-    answer = _Answer(isinstance(body, ChatCompletionRequest), model_name, len(requests))
-    deltas = merge([model.complete(text_request) for text_request in requests])
-    work = _stream(answer, deltas, body.includes_usage()) if body.stream else _whole(answer, deltas)
-    return await _until_disconnect(request, work)
+    answer = Answer(
+        is_chat=isinstance(body, ChatCompletionRequest),
+        model_name=model_name,
+        num_choices=len(requests),
+        choices_per_prompt=body.num_choices,
+        has_logprobs=body.wants_logprobs(),
+        includes_usage=body.includes_usage(),
+    )
+    deltas = _counted(answer, merge([model.complete(text_request) for text_request in requests]), request)
+    work = _stream(answer, deltas) if body.stream else _whole(answer, deltas)
+    try:
+        return await _until_disconnect(request, work)
+    except Exception as error:  # the boundary of a request
+        raise as_api_error(error) from None
 
 
-async def _whole(answer: "_Answer", deltas: AsyncGenerator[tuple[int, TextDelta], None]) -> Response:
+async def _counted(answer: Answer, deltas: Deltas, request: Request) -> Deltas:
+    """The deltas, in the answer; however it ends, admission hears what was spent."""
+    ticket: Ticket | None = getattr(request.state, "ticket", None)
+    try:
+        async with aclosing(deltas):
+            async for index, delta in deltas:
+                answer.take(index, delta)
+                yield index, delta
+    finally:
+        spent = answer.usage()["total_tokens"]
+        if ticket is not None and spent:
+            ticket.add_tokens(spent)
+
+
+async def _whole(answer: Answer, deltas: Deltas) -> Response:
     async with aclosing(deltas):
-        async for index, delta in deltas:
-            answer.take(index, delta)
+        async for _ in deltas:
+            pass
     return JSONResponse(answer.whole())
 
 
-async def _stream(
-    answer: "_Answer", deltas: AsyncGenerator[tuple[int, TextDelta], None], include_usage: bool
-) -> Response:
+async def _stream(answer: Answer, deltas: Deltas) -> Response:
     first = await anext(deltas)  # an error before the first token still has a status code of its own
-    return StreamingResponse(_events(answer, first, deltas, include_usage), media_type="text/event-stream")
+    return StreamingResponse(_events(answer, first, deltas), media_type="text/event-stream")
 
 
-async def _events(
-    answer: "_Answer",
-    first: tuple[int, TextDelta],
-    deltas: AsyncGenerator[tuple[int, TextDelta], None],
-    include_usage: bool,
-) -> AsyncIterator[str]:
+async def _events(answer: Answer, first: tuple[int, TextDelta], deltas: Deltas) -> AsyncIterator[str]:
     """Server-sent events. The status line is out, so an error goes as an event, and no [DONE] follows it."""
     async with aclosing(deltas):
         try:
@@ -106,7 +167,7 @@ async def _events(
             async for index, delta in deltas:
                 for event in answer.chunks(index, delta):
                     yield _event(event)
-            if include_usage:
+            if answer.includes_usage:
                 yield _event(answer.usage_chunk())
             yield "data: [DONE]\n\n"
         except Exception as error:
@@ -117,81 +178,7 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-@dataclass
-class _Answer:
-    """The choices of one request as they grow, and how each endpoint words them."""
-
-    is_chat: bool
-    model_name: str
-    num_choices: int
-    created_s: int = field(default_factory=lambda: int(time.time()))
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    def __post_init__(self) -> None:
-        self._texts = [""] * self.num_choices
-        self._reasons: list[str | None] = [None] * self.num_choices
-        self._prompt_tokens = [0] * self.num_choices
-        self._num_tokens = 0
-
-    def take(self, index: int, delta: TextDelta) -> None:
-        """Add a delta to its choice."""
-        self._texts[index] += delta.text
-        self._reasons[index] = delta.finish_reason
-        self._prompt_tokens[index] = delta.num_prompt_tokens
-        self._num_tokens += delta.num_tokens
-
-    def whole(self) -> dict[str, Any]:
-        """The answer in one piece."""
-        choices = [
-            self._choice(i, {"message": {"role": "assistant", "content": text}} if self.is_chat else {"text": text})
-            for i, text in enumerate(self._texts)
-        ]
-        return self._envelope("", choices) | {"usage": self._usage()}
-
-    def opening(self) -> list[dict[str, Any]]:
-        """A chat stream begins with the role."""
-        if not self.is_chat:
-            return []
-        return [self._envelope(".chunk", [self._choice(0, {"delta": {"role": "assistant", "content": ""}})])]
-
-    def chunks(self, index: int, delta: TextDelta) -> list[dict[str, Any]]:
-        """The stream's next event: none while text is held back."""
-        self.take(index, delta)
-        if not delta.text and delta.finish_reason is None:
-            return []
-        if not self.is_chat:
-            return [self._envelope("", [self._choice(index, {"text": delta.text})])]
-        return [self._envelope(".chunk", [self._choice(index, {"delta": {"content": delta.text}})])]
-
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last event of a stream that asked for the counts."""
-        return self._envelope(".chunk" if self.is_chat else "", []) | {"usage": self._usage()}
-
-    def _choice(self, index: int, content: dict[str, Any]) -> dict[str, Any]:
-        return {"index": index, **content, "logprobs": None, "finish_reason": self._reasons[index]}
-
-    def _envelope(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        prefix, kind = ("chatcmpl", "chat.completion") if self.is_chat else ("cmpl", "text_completion")
-        return {
-            "id": f"{prefix}-{self.id}",
-            "object": kind + suffix,
-            "created": self.created_s,
-            "model": self.model_name,
-            "choices": choices,
-        }
-
-    def _usage(self) -> dict[str, int]:
-        prompt_tokens = sum(self._prompt_tokens)
-        return {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": self._num_tokens,
-            "total_tokens": prompt_tokens + self._num_tokens,
-        }
-
-
-async def merge(
-    streams: Sequence[AsyncGenerator[TextDelta, None]],
-) -> AsyncGenerator[tuple[int, TextDelta], None]:
+async def merge(streams: Sequence[AsyncGenerator[TextDelta, None]]) -> Deltas:
     """(index of the stream, delta) from all streams at once, as they come. Closing it closes every stream."""
     arrived: asyncio.Queue[tuple[int, TextDelta] | None] = asyncio.Queue()
 
@@ -239,24 +226,30 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
+async def _detect(body: DetectRequest, detector: Detector | None) -> dict[str, Any]:
+    content = body.content()
+    if detector is None:
+        raise APIError(404, "This server marks no text, so there is nothing to detect", code="no_watermark")
+    try:
+        found = await detector(content)
+    except UserError as error:
+        raise APIError(400, str(error), "token_ids", "invalid_value") from None
+    except Exception as error:
+        raise as_api_error(error) from None
+    return {
+        "object": "watermark.detection",
+        "verdict": found.verdict,
+        "z_score": found.z_score,
+        "p_value": found.p_value,
+        "num_scored": found.num_scored,
+        "num_green": found.num_green,
+    }
+
+
 def _refuse_other_model(asked: str, served: str) -> None:
     if asked != served:
-        message = f"The model {asked!r} does not exist: this server has {served!r}"
+        message = f"The model that was asked for does not exist: this server has {served!r}"
         raise APIError(404, message, "model", "model_not_found")
-
-
-def as_api_error(error: Exception) -> APIError:
-    """What the client is told. An error of a kind that we do not know is a bug: logged here, its text kept back."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, ContextLengthError):
-        return APIError(400, str(error), code="context_length_exceeded")
-    if isinstance(error, PromptError):
-        return APIError(400, str(error), code="invalid_prompt")
-    if isinstance(error, EngineError):
-        return APIError(500, f"The engine failed: {error}", code="engine_error")
-    logger.error("a request failed", exc_info=error)
-    return APIError(500, "The server failed on this request; its log says why", code="internal_error")
 
 
 def _add_error_handlers(api: FastAPI) -> None:
@@ -266,7 +259,7 @@ def _add_error_handlers(api: FastAPI) -> None:
 
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return _respond(APIError(error.status_code, str(error.detail)))
+        return _respond(APIError(error.status_code, str(error.detail)), error.headers)
 
     async def ours(_: Request, error: Exception) -> Response:
         return _respond(as_api_error(error))
@@ -277,5 +270,6 @@ def _add_error_handlers(api: FastAPI) -> None:
         api.add_exception_handler(kind, ours)
 
 
-def _respond(error: APIError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status)
+def _respond(error: APIError, headers: Any = None) -> Response:
+    retry = {} if error.retry_after_s is None else {"Retry-After": str(error.retry_after_s)}
+    return JSONResponse(error.body(), status_code=error.status, headers={**(headers or {}), **retry})

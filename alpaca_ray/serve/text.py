@@ -1,20 +1,28 @@
-"""Text in, text out, over a token engine: tokenising, incremental detokenising, stop strings.
+"""Text in, text out, over a token engine: tokenising, incremental detokenising, stop strings, log-probabilities.
 
 It stands beside the engine, not in the HTTP ingress: transformers' AutoTokenizer imports torch (394 MB and 5 s a
 process, measured), and the model's files need to lie only where the engine runs.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from alpaca_ray.serve.engine import Engine, FinishReason, Health, SamplingParams, TokenRequest
+from alpaca_ray.serve.detokenizer import Detokenizer, StopMatcher, TokenBytes, decode
+from alpaca_ray.serve.engine import (
+    Delta,
+    Engine,
+    FinishReason,
+    Health,
+    SamplingParams,
+    TokenLogprob,
+    TokenRequest,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character
 
 
 class PromptError(ValueError):
@@ -30,22 +38,61 @@ class Message:
 
 
 @dataclass(frozen=True)
-class TextRequest:
-    """Plain text to go on with, or a conversation to answer. `stop`: strings that end the text before them."""
+class TokenPrompt:
+    """A prompt that is token ids already; nothing is added to them."""
 
-    prompt: str | tuple[Message, ...]
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """Plain text to go on with, or a conversation to answer. `stop`: strings that end the text before them.
+
+    `echo`: the first delta brings the prompt too; `sampling.max_tokens` may be 0 then. `emitted` and `num_shown`: the
+    tokens and the number of characters that a model which died had given; the completion goes on behind them.
+    """
+
+    prompt: str | tuple[Message, ...] | TokenPrompt
     sampling: SamplingParams
     stop: tuple[str, ...] = ()
+    echo: bool = False
+    emitted: tuple[int, ...] = ()
+    num_shown: int = 0
+
+
+@dataclass(frozen=True)
+class TextLogprob:
+    """A token by its bytes, its log-probability in nats, and the likeliest ones in its place, likeliest first."""
+
+    token: bytes
+    logprob: float | None  # None: the prompt's first token, which nothing foretold
+    top: tuple[tuple[bytes, float], ...] = ()
+    offset: int = 0  # where its text begins, in characters from the beginning of the prompt
+
+
+@dataclass(frozen=True)
+class PromptEcho:
+    """The prompt as text, and the log-probabilities of its tokens where they were asked for."""
+
+    text: str
+    logprobs: tuple[TextLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next text, "" while it is held back, and the tokens it took. `num_prompt_tokens` is the whole prompt's."""
+    """The next text, "" while it is held back, and how many tokens it took. `num_prompt_tokens`: the whole prompt's.
+
+    `token_ids` are those whose text has begun to be shown; `logprobs` has one for each, where they were asked for.
+    What a stop string cut off counts in `num_tokens` alone.
+    """
 
     text: str
     num_prompt_tokens: int
     num_tokens: int
     finish_reason: FinishReason | None = None
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TextLogprob, ...] = ()
+    prompt: PromptEcho | None = None  # in the first delta, where an echo was asked for
 
 
 class TextModel(Protocol):
@@ -60,6 +107,13 @@ class TextModel(Protocol):
         ...
 
 
+async def prompt_text(model: TextModel, prompt: TokenPrompt) -> str:
+    """The prompt as text, from a model that has the tokenizer. The engine is not asked. Raises PromptError."""
+    nothing = TextRequest(prompt, SamplingParams(max_tokens=0), echo=True)
+    async with aclosing(model.complete(nothing)) as deltas:
+        return "".join([delta.prompt.text async for delta in deltas if delta.prompt is not None])
+
+
 class TokenizedModel:
     """A TextModel from an engine and its tokenizer."""
 
@@ -70,28 +124,45 @@ class TokenizedModel:
         prompt_format: Literal["chat_template", "plain"] = "chat_template",
     ) -> None:
         self._engine, self._tokenizer, self._prompt_format = engine, tokenizer, prompt_format
+        self._bytes = TokenBytes(tokenizer)
 
     async def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         """See `TextModel`. A stop string drops the request from the engine at once."""
         ids = self._encode(request.prompt)
-        end = self._tokenizer.eos_token_id
-        tokens = TokenRequest(tuple(ids), request.sampling, frozenset() if end is None else frozenset([end]))
-        detokenizer, matcher = Detokenizer(self._tokenizer, ids), StopMatcher(request.stop)
-        async with aclosing(self._engine.generate(tokens)) as deltas:
+        text = self._text_of(request.prompt)
+        writer = _Writer(self._tokenizer, self._bytes, ids, len(text), request)
+        is_first = True
+        async with aclosing(self._deltas(ids, request)) as deltas:
             async for delta in deltas:
-                last = delta.finish_reason is not None
-                text, stopped = matcher.push(detokenizer.push(delta.token_ids, last), last)
-                reason: FinishReason | None = "stop" if stopped else delta.finish_reason
-                yield TextDelta(text, len(ids), len(delta.token_ids), reason)
-                if stopped:
+                out = writer.take(delta)
+                if request.echo and is_first:
+                    out = replace(out, prompt=PromptEcho(text, self._echoed(delta.prompt_logprobs)))
+                is_first = False
+                yield out
+                if out.finish_reason is not None:
                     return
 
     async def health(self) -> Health:
         """See `TextModel`."""
         return await self._engine.health()
 
-    def _encode(self, prompt: str | tuple[Message, ...]) -> list[int]:
-        if isinstance(prompt, str):
+    async def _deltas(self, ids: tuple[int, ...], request: TextRequest) -> AsyncGenerator[Delta, None]:
+        """The engine's, where it has anything to do."""
+        sampling, end = request.sampling, self._tokenizer.eos_token_id
+        echoes_logprobs = request.echo and sampling.num_logprobs is not None
+        if sampling.max_tokens is not None and len(request.emitted) >= sampling.max_tokens and not echoes_logprobs:
+            yield Delta((), "length")
+            return
+        stop = frozenset[int]() if end is None else frozenset([end])
+        asked = TokenRequest(ids, sampling, stop, request.emitted, echoes_logprobs)
+        async with aclosing(self._engine.generate(asked)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    def _encode(self, prompt: str | tuple[Message, ...] | TokenPrompt) -> tuple[int, ...]:
+        if isinstance(prompt, TokenPrompt):
+            ids = self._known(prompt.token_ids)
+        elif isinstance(prompt, str):
             ids = self._tokenizer(prompt)["input_ids"]
         elif self._prompt_format == "plain":
             ids = self._tokenizer("\n".join(message.content for message in prompt))["input_ids"]
@@ -100,7 +171,13 @@ class TokenizedModel:
             ids = self._tokenizer(self._render(prompt), add_special_tokens=False)["input_ids"]
         if not ids:
             raise PromptError("the prompt is empty: give at least one character")
-        return [int(i) for i in ids]
+        return tuple(int(i) for i in ids)
+
+    def _known(self, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        unknown = next((i for i in token_ids if not 0 <= i < len(self._tokenizer)), None)
+        if unknown is not None:
+            raise PromptError(f"token id {unknown} is none of this model's {len(self._tokenizer)}")
+        return token_ids
 
     def _render(self, messages: tuple[Message, ...]) -> str:
         from jinja2 import TemplateError
@@ -116,53 +193,96 @@ class TokenizedModel:
             raise PromptError(f"the model's chat template refuses these messages: {error}") from None
         return str(text)
 
+    def _text_of(self, prompt: str | tuple[Message, ...] | TokenPrompt) -> str:
+        """The prompt as its sender counts characters in it. A conversation has no such text."""
+        if isinstance(prompt, TokenPrompt):
+            return decode(self._tokenizer, prompt.token_ids)
+        return prompt if isinstance(prompt, str) else ""
 
-class Detokenizer:
-    """Token ids to text, piece by piece; the pieces together are the text of all ids at once.
-
-    A token's text depends on its neighbours (a leading space, a character cut in two), so text is the difference of
-    two decodings that share a few tokens before it, as in Hugging Face's text-generation-inference.
-    """
-
-    CONTEXT = 6  # tokens of the prompt that the first piece is decoded with
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", prompt_token_ids: Sequence[int]) -> None:
-        self._tokenizer = tokenizer
-        self._ids = list(prompt_token_ids[-self.CONTEXT :])
-        self._start, self._shown = 0, len(self._ids)  # text of ids[:shown] is out; ids[start:] are decoded
-
-    def push(self, token_ids: Sequence[int], last: bool = False) -> str:
-        """The text that is certain now. An incomplete character is held back until the `last` push."""
-        self._ids += token_ids
-        before = self._decode(self._ids[self._start : self._shown])
-        after = self._decode(self._ids[self._start :])
-        if after.endswith(REPLACEMENT) and not last:
-            return ""
-        self._start, self._shown = self._shown, len(self._ids)
-        return after[len(before) :]
-
-    def _decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+    def _echoed(self, logprobs: Sequence[TokenLogprob]) -> tuple[TextLogprob, ...]:
+        detokenizer, offset, echoed = Detokenizer(self._tokenizer, ()), 0, []
+        for logprob in logprobs:
+            echoed.append(in_bytes(self._bytes, logprob, offset))
+            offset += len(detokenizer.push([logprob.token_id]))
+        return tuple(echoed)
 
 
-class StopMatcher:
-    """Cuts a growing text before the first stop string; holds back an end that may be the beginning of one."""
+@dataclass(frozen=True)
+class _Token:
+    """A token whose text is not shown yet."""
 
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = stop
-        self._held = ""
-
-    def push(self, text: str, last: bool = False) -> tuple[str, bool]:
-        """The text that may be shown, and whether a stop string ended it. `last`: nothing follows, hold nothing."""
-        text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
-        if found:
-            return text[: min(found)], True
-        keep = 0 if last else max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+    token_id: int
+    start: int  # of its text, in characters of the completion
+    logprob: TextLogprob | None
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+class _Writer:
+    """An engine's deltas to deltas of text. What it lets go depends on the tokens, not on how they were cut up."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase",
+        token_bytes: TokenBytes,
+        prompt_token_ids: Sequence[int],
+        num_prompt_characters: int,
+        request: TextRequest,
+    ) -> None:
+        self._detokenizer, self._matcher = Detokenizer(tokenizer, prompt_token_ids), StopMatcher(request.stop)
+        self._bytes, self._offset, self._num_prompt_tokens = token_bytes, num_prompt_characters, len(prompt_token_ids)
+        self._end = self._shown = 0  # characters of the completion: known, let go
+        self._held: deque[_Token] = deque()
+        for token_id in request.emitted:
+            self._push(token_id, None)
+        self._held.clear()
+        # Text that tokens not among `emitted` had let go; they will let it go again.
+        self._num_to_skip = max(0, request.num_shown - self._shown)
+
+    def take(self, delta: Delta) -> TextDelta:
+        """What may be shown now."""
+        texts, stopped = [], False
+        for i, token_id in enumerate(delta.token_ids):
+            text, stopped = self._push(token_id, delta.logprobs[i] if delta.logprobs else None)
+            texts.append(text)
+            if stopped:
+                break
+        if delta.finish_reason is not None and not stopped:
+            text, stopped = self._let_go(self._detokenizer.push([], last=True), last=True)
+            texts.append(text)
+        reason: FinishReason | None = "stop" if stopped else delta.finish_reason
+        num_taken = len(self._held)
+        tokens = tuple(self._ripe(everything=reason is not None and not stopped))
+        return TextDelta(
+            text=self._unseen("".join(texts)),
+            num_prompt_tokens=self._num_prompt_tokens,
+            num_tokens=num_taken if reason is not None else len(tokens),
+            finish_reason=reason,
+            token_ids=tuple(token.token_id for token in tokens),
+            logprobs=tuple(token.logprob for token in tokens if token.logprob is not None),
+        )
+
+    def _push(self, token_id: int, logprob: TokenLogprob | None) -> tuple[str, bool]:
+        told = None if logprob is None else in_bytes(self._bytes, logprob, self._offset + self._end)
+        self._held.append(_Token(token_id, self._end, told))
+        return self._let_go(self._detokenizer.push([token_id]))
+
+    def _let_go(self, piece: str, last: bool = False) -> tuple[str, bool]:
+        self._end += len(piece)
+        text, stopped = self._matcher.push(piece, last)
+        self._shown += len(text)
+        return text, stopped
+
+    def _ripe(self, everything: bool) -> Iterator[_Token]:
+        """The tokens whose text has begun to be shown; at an end without a stop string, all."""
+        while self._held and (everything or self._held[0].start < self._shown):
+            yield self._held.popleft()
+
+    def _unseen(self, text: str) -> str:
+        num_skipped = min(self._num_to_skip, len(text))
+        self._num_to_skip -= num_skipped
+        return text[num_skipped:]
+
+
+def in_bytes(token_bytes: TokenBytes, logprob: TokenLogprob, offset: int) -> TextLogprob:
+    """The engine's log-probabilities with the bytes of each token."""
+    top = tuple((token_bytes[token_id], value) for token_id, value in logprob.top)
+    return TextLogprob(token_bytes[logprob.token_id], logprob.logprob, top, offset)

@@ -1,88 +1,33 @@
 """The HTTP API, read by the official client: over ASGI where that is enough, over a real port for disconnects."""
 
-import asyncio
 import json
-import socket
-import threading
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-import uvicorn
-from fastapi.testclient import TestClient
 
-from alpaca_ray.models import load_model, load_tokenizer
-from alpaca_ray.serve.api import create_api
+from alpaca_ray.config import UserError
+from alpaca_ray.models import load_tokenizer
+from alpaca_ray.safety.detection import Detection, detection
+from alpaca_ray.safety.verdict import ModerationUnavailableError
 from alpaca_ray.serve.engine import EngineError, Health
-from alpaca_ray.serve.text import TextDelta, TextModel, TextRequest, TokenizedModel
-from alpaca_ray.serve.torch_engine import TorchEngine
+from alpaca_ray.serve.moderated import ContentFilterError
+from alpaca_ray.serve.text import Message, TextDelta, TextModel, TextRequest, TokenizedModel
+from tests.scripted import ScriptedEngine
+from tests.serving import CHAT_TEMPLATE, Pieces, client_of, error_of, http, served
 
 DEADLINE_S = 20.0
-
-
-class Pieces:
-    """A TextModel that answers with the given pieces; an exception among them is raised, None waits for ever."""
-
-    def __init__(self, *pieces: str | Exception | None) -> None:
-        self.pieces = pieces
-        self.requests: list[TextRequest] = []
-        self.closed = threading.Event()
-
-    async def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
-        self.requests.append(request)
-        try:
-            for piece in self.pieces:
-                if isinstance(piece, Exception):
-                    raise piece
-                if piece is None:
-                    await asyncio.Event().wait()
-                yield TextDelta(str(piece), 3, 1)
-            yield TextDelta("", 3, 0, "stop")
-        finally:
-            self.closed.set()
-
-    async def health(self) -> Health:
-        return Health(num_running=0, num_waiting=0)
+ASKED: dict[str, Any] = {"messages": [{"role": "user", "content": "x"}]}
 
 
 @pytest.fixture(scope="module")
-def tiny(tiny_model: Path) -> Iterator[TokenizedModel]:
-    engine = TorchEngine(load_model(str(tiny_model), "float32"), max_length=256)
+def tiny(tiny_model: Path) -> TokenizedModel:
     tokenizer = load_tokenizer(str(tiny_model))
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
-    yield TokenizedModel(engine, tokenizer)
-    engine.close()
-
-
-def http(model: TextModel) -> TestClient:
-    return TestClient(create_api(model, "tiny", created_s=7), raise_server_exceptions=False)
-
-
-def client_of(model: TextModel) -> openai.OpenAI:
-    return openai.OpenAI(api_key="none", base_url="http://testserver/v1", http_client=http(model), max_retries=0)
-
-
-@contextmanager
-def served(model: TextModel) -> Iterator[str]:
-    """The API on a free port of 127.0.0.1."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = uvicorn.Server(uvicorn.Config(create_api(model, "tiny"), log_level="error"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        server.should_exit = True
-        thread.join()
-
-
-def error_of(model: TextModel, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    response = http(model).post(path, json={"model": "tiny"} | body)
-    error: dict[str, Any] = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    return response.status_code, error
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return TokenizedModel(ScriptedEngine(vocabulary=tokenizer("abcdefghij €é")["input_ids"]), tokenizer)
 
 
 def test_the_models_are_listed_and_found(tiny: TextModel) -> None:
@@ -91,7 +36,18 @@ def test_the_models_are_listed_and_found(tiny: TextModel) -> None:
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'"):
         client.models.retrieve("other/model")
-    assert http(tiny).get("/health").json() == {"status": "ok", "num_running": 0, "num_waiting": 0}
+
+
+def test_it_lives_without_an_engine_but_is_not_ready() -> None:
+    class Dead(Pieces):
+        async def health(self) -> Health:
+            raise EngineError("at /secret/path")
+
+    assert http(Dead()).get("/health").json() == {"status": "ok"}
+    assert http(Pieces()).get("/ready").json() == {"status": "ok", "num_running": 0, "num_waiting": 0}
+    response = http(Dead()).get("/ready")
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_error")
+    assert "secret" not in response.text
 
 
 def test_a_streamed_completion_is_the_whole_one(tiny: TextModel) -> None:
@@ -180,10 +136,16 @@ def test_defaults_are_those_of_openai() -> None:
     client = client_of(model)
     client.completions.create(model="tiny", prompt="p")
     client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "c"}], max_tokens=4, n=1)
-    first, second = (request.sampling for request in model.requests)
+    client.chat.completions.create(
+        model="tiny", messages=[{"role": "developer", "content": "d"}], logprobs=True, extra_body={"top_k": 5}
+    )
+    first, second, third = (request.sampling for request in model.requests)
 
-    assert (first.max_tokens, first.temperature, first.top_p, first.seed) == (16, 1.0, 1.0, None)
+    assert (first.max_tokens, first.temperature, first.top_p, first.top_k, first.seed) == (16, 1.0, 1.0, 0, None)
+    assert (first.presence_penalty, first.frequency_penalty, first.num_logprobs) == (0, 0, None)
     assert second.max_tokens == 4
+    assert (third.max_tokens, third.num_logprobs, third.top_k) == (None, 0, 5)
+    assert model.requests[2].prompt == (Message("system", "d"),)
 
 
 @pytest.mark.parametrize(
@@ -193,21 +155,37 @@ def test_defaults_are_those_of_openai() -> None:
         ("completions", {}, "prompt", "Field required"),
         ("completions", {"prompt": ""}, None, "empty"),
         ("completions", {"prompt": "x", "max_tokens": "5"}, "max_tokens", "valid integer"),
-        ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "greater than 0"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, "max_tokens", "without echo"),
         ("completions", {"prompt": "x", "temperature": 2.5}, "temperature", "less than or equal to 2"),
         ("completions", {"prompt": "x", "top_p": 0}, "top_p", "greater than 0"),
+        ("completions", {"prompt": "x", "top_k": -1}, "top_k", "greater than or equal to 0"),
         ("completions", {"prompt": "x", "seed": 2**63}, "seed", "less than"),
+        ("completions", {"prompt": "x", "presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
         ("completions", {"prompt": "x", "stop": list("abcde")}, "stop", "at most 4"),
         ("completions", {"prompt": "x", "stop": ""}, "stop.0", "at least 1"),
-        ("completions", {"prompt": "x", "n": 2}, "n", "not supported"),
-        ("completions", {"prompt": "x", "n": True}, "n", "not supported"),
-        ("completions", {"prompt": "x", "echo": True}, "echo", "not supported"),
-        ("completions", {"prompt": "x", "logprobs": 0}, "logprobs", "not supported"),
+        ("completions", {"prompt": "x", "n": 0}, "n", "greater than or equal to 1"),
+        ("completions", {"prompt": "x", "n": True}, "n", "valid integer"),
+        ("completions", {"prompt": ["x"] * 65, "n": 2}, "n", "128 at most"),
+        ("completions", {"prompt": "x", "n": 2, "best_of": 3}, "best_of", "must equal n"),
+        ("completions", {"prompt": "x", "logprobs": 6}, "logprobs", "less than or equal to 5"),
+        ("completions", {"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ("completions", {"prompt": "x", "suffix": "y"}, "suffix", "not supported"),
+        ("completions", {"prompt": "x", "stream_options": {}}, "stream_options", "only allowed with stream"),
+        ("completions", {"prompt": []}, "prompt", "token ids"),
+        ("completions", {"prompt": ["x", [3, -1]]}, "prompt", "token ids"),
+        ("completions", {"prompt": [[3, 1000]]}, None, "token id 1000 is none"),
+        ("completions", {"prompt": [[]]}, None, "empty"),
+        ("completions", {"prompt": "\ud800"}, "prompt", "surrogate"),
+        ("completions", {"prompt": "x", "my secret prompt": 1}, None, "has an unknown field"),
         ("chat/completions", {"messages": []}, "messages", "at least 1"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content", "Field required"),
         ("chat/completions", {"messages": [{"role": "you", "content": "x"}]}, "messages.0.role", "'user'"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "logprobs": True}, "logprobs", "not"),
-        ("chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": [{}]}, "tools", "not"),
+        ("chat/completions", {**ASKED, "logprobs": 3}, "logprobs", "valid boolean"),
+        ("chat/completions", {**ASKED, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ("chat/completions", {**ASKED, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "equal to 20"),
+        ("chat/completions", {**ASKED, "tools": [{}]}, "tools", "not supported"),
+        ("chat/completions", {**ASKED, "response_format": {"type": "json_object"}}, "response_format", "not"),
+        ("chat/completions", {**ASKED, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "differ"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(
@@ -252,24 +230,34 @@ def test_other_refusals_have_openais_form(tiny: TextModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("failure", "code", "says"),
+    ("failure", "status", "code"),
     [
-        (EngineError("out of memory"), "engine_error", "out of memory"),
-        (KeyError("secret"), "internal_error", "its log says why"),
+        (EngineError("canary"), 503, "engine_error"),
+        (ModerationUnavailableError("canary"), 503, "moderation_unavailable"),
+        (ContentFilterError(("hate",)), 400, "content_filter"),
+        (KeyError("canary"), 500, "internal_error"),
     ],
 )
-def test_a_failure_is_an_error_before_and_within_a_stream(failure: Exception, code: str, says: str) -> None:
-    status, error = error_of(Pieces("a", failure), "/v1/completions", {"prompt": "x"})
+def test_a_failure_is_an_error_before_and_within_a_stream(
+    failure: Exception, status: int, code: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = error_of(Pieces("a", failure), "/v1/completions", {"prompt": "x"})
     at_once, _ = error_of(Pieces(failure), "/v1/completions", {"prompt": "x", "stream": True})
     events = client_of(Pieces("a", failure)).completions.create(model="tiny", prompt="x", stream=True)
     first = next(events).choices[0].text
-    with pytest.raises(openai.APIError, match=says) as within:
+    with pytest.raises(openai.APIError) as within:
         next(events)
 
-    assert (status, at_once, error["type"], error["code"]) == (500, 500, "server_error", code)
-    assert says in error["message"]
-    assert first == "a"
-    assert within.value.code == code
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    assert (whole[0], whole[1]["code"], whole[1]["type"]) == (status, code, kind)
+    assert (at_once, first, within.value.code) == (status, "a", code)
+    assert "canary" not in f"{whole}{within.value.body}{caplog.text}"
+    assert ("failed with KeyError" in caplog.text) == (status == 500)
+
+
+def test_a_client_hears_when_to_try_again() -> None:
+    body = {"model": "tiny", "prompt": "x"}
+    assert http(Pieces(EngineError(""))).post("/v1/completions", json=body).headers["retry-after"] == "1"
 
 
 def test_one_prompt_that_fails_ends_the_others() -> None:
@@ -283,7 +271,7 @@ def test_one_prompt_that_fails_ends_the_others() -> None:
     model = FirstFails("a", None)
     status, _ = error_of(model, "/v1/completions", {"prompt": ["good", "bad"]})
 
-    assert status == 500
+    assert status == 503
     assert model.closed.wait(DEADLINE_S)
 
 
@@ -299,3 +287,56 @@ def test_a_client_that_goes_away_cancels_its_request(stream: bool) -> None:
             with pytest.raises(httpx2.ReadTimeout):
                 httpx2.post(f"{url}/v1/completions", json=body, timeout=0.5)
         assert model.closed.wait(DEADLINE_S)
+
+
+def found_in(content: str | tuple[int, ...]) -> Detection:
+    return detection(num_green=40, num_scored=len(content), gamma=0.25, delta=2.0)
+
+
+async def detector(content: str | tuple[int, ...]) -> Detection:
+    if content == (999,):
+        raise UserError("token id 999 is not in the vocabulary of 259")
+    if content == "broken":
+        raise EngineError("/secret/path")
+    return found_in(content)
+
+
+@pytest.mark.parametrize(("body", "content"), [({"text": "a" * 60}, "a" * 60), ({"token_ids": [7] * 50}, (7,) * 50)])
+def test_the_watermark_is_looked_for(body: dict[str, Any], content: str | tuple[int, ...]) -> None:
+    answer = http(Pieces(), detector).post("/v1/watermark/detect", json=body).json()
+    found = found_in(content)
+
+    assert answer == {
+        "object": "watermark.detection",
+        "verdict": "marked",
+        "z_score": found.z_score,
+        "p_value": found.p_value,
+        "num_scored": len(content),
+        "num_green": 40,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        ({}, 400, "one of them"),
+        ({"text": "a", "token_ids": [1]}, 400, "one of them"),
+        ({"text": ""}, 400, "at least 1"),
+        ({"token_ids": []}, 400, "at least 1"),
+        ({"token_ids": [-1]}, 400, "greater"),
+        ({"token_ids": [999]}, 400, "vocabulary"),
+        ({"txt": "a"}, 400, "did you mean 'text'"),
+        ({"text": "broken"}, 503, "try again"),
+    ],
+)
+def test_what_cannot_be_detected_says_why(body: dict[str, Any], status: int, says: str) -> None:
+    response = http(Pieces(), detector).post("/v1/watermark/detect", json=body)
+
+    assert response.status_code == status
+    assert says in response.json()["error"]["message"]
+    assert "secret" not in response.text
+
+
+def test_a_server_without_a_watermark_says_so() -> None:
+    response = http(Pieces()).post("/v1/watermark/detect", json={"text": "a"})
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "no_watermark")
