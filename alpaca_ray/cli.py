@@ -1,7 +1,8 @@
-"""`alpaca-ray`: doctor, demo, down, estimate, diff; and how jobs begin and end."""
+"""`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, keys; and how jobs begin and end."""
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,32 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--base", required=True, help="the base model: a directory, a URI or a hub id")
         verb.add_argument(given, required=True, dest="source", help=f"the {what}")
         verb.add_argument("--out", required=True, help="a directory that does not exist yet")
+    lint = commands.add_parser("lint", help="every field of a serve_config.yaml; exit code 1 if one is wrong")
+    lint.add_argument("files", nargs="*", default=["serve_config.yaml"], help="(default: serve_config.yaml)")
+    _add_keys(commands.add_parser("keys", help="make an API key of the server"))
+    _add_detect(commands.add_parser("detect", help="whether a text carries the watermark of a key"))
     return parser
+
+
+def _add_keys(keys: argparse.ArgumentParser) -> None:
+    make = keys.add_subparsers(dest="action", required=True).add_parser(
+        "make", help="the key goes to standard error, once; the line for the key file to standard output"
+    )
+    make.add_argument("name", help="whose it is, as logs show it")
+    make.add_argument("--scopes", nargs="+", required=True, help="generate, detect, admin")
+    make.add_argument("--requests-per-minute", type=int, help="(default: no limit)")
+    make.add_argument("--tokens-per-minute", type=int, help="(default: no limit)")
+
+
+def _add_detect(detect: argparse.ArgumentParser) -> None:
+    detect.add_argument("file", nargs="?", default="-", help="the text, UTF-8 (default: standard input)")
+    detect.add_argument("--model", required=True, help="the model that was served: its tokenizer reads the text")
+    detect.add_argument("--key-env", default="ALPACA_RAY_WATERMARK_KEY", help="variable of the key (%(default)s)")
+    detect.add_argument("--key-file", type=Path, help="a file that holds the key, in place of the variable")
+    detect.add_argument("--allow-public-key", action="store_true", help="accept the published default key")
+    detect.add_argument("--gamma", type=float, default=0.25, help="as the server has it (default: %(default)s)")
+    detect.add_argument("--delta", type=float, default=2.0, help="as the server has it (default: %(default)s)")
+    detect.add_argument("--json", action="store_true", help="one line of JSON")
 
 
 def _doctor(_: argparse.Namespace) -> int:
@@ -122,12 +148,63 @@ def _diff(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _detect(arguments: argparse.Namespace) -> int:
+    from alpaca_ray.safety.watermark_key import read_key
+
+    key = read_key(arguments.key_env, arguments.key_file, arguments.allow_public_key)
+    text = _read_text(arguments.file)  # what is missing is said before torch is loaded
+    from alpaca_ray.safety import watermark
+
+    found = watermark.detect_text(
+        text,
+        arguments.model,
+        watermark.Watermark(
+            key.get_secret_value(),
+            arguments.gamma,
+            arguments.delta,
+            vocab_size=watermark.vocab_size(arguments.model),
+            allow_public_key=arguments.allow_public_key,
+        ),
+    )
+    print(found.to_json() if arguments.json else found.render())
+    return 0
+
+
+def _read_text(file: str) -> str:
+    try:
+        return (sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()).decode()
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{'standard input' if file == '-' else file} is not UTF-8: convert it first") from None
+
+
+def _lint(arguments: argparse.Namespace) -> int:
+    from alpaca_ray.serve.lint import lint_file
+
+    problems = [problem for file in arguments.files for problem in lint_file(Path(file), os.environ)]
+    print("\n".join(problems) if problems else f"{', '.join(arguments.files)}: nothing is wrong")
+    return int(bool(problems))
+
+
+def _keys(arguments: argparse.Namespace) -> int:
+    from alpaca_ray.serve.keys import make_key
+
+    key = make_key(arguments.name, arguments.scopes, arguments.requests_per_minute, arguments.tokens_per_minute)
+    print(f"the key, shown this once: {key.secret}", file=sys.stderr, flush=True)
+    print(key.line)
+    return 0
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "demo": _demo,
     "down": _down,
     "estimate": _estimate,
     "diff": _diff,
+    "detect": _detect,
+    "lint": _lint,
+    "keys": _keys,
 }
 
 

@@ -6,7 +6,9 @@ The teacher is the embedded small model, served by the same application that lat
 """
 
 import datetime
+import secrets
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from alpaca_ray.artifacts import RunDirectory, open_run
 from alpaca_ray.cluster import local
 from alpaca_ray.config import STAGES, UserError
 from alpaca_ray.models import EMBEDDED, resolve
+from alpaca_ray.serve.keys import make_key
 from alpaca_ray.settings import load_config
 
 RECIPE = "tiny_cpu"
@@ -38,12 +41,13 @@ def up(directory: Path) -> int:
 
     _say("the embedded model (downloaded and unpacked at the first time)")
     resolve(EMBEDDED)
-    cluster = _cluster(directory)
+    own = _secrets(directory)
+    cluster = _cluster(directory, own)
     for stage in STAGES:
         overrides = ["--storage-path", storage_path]
         if not run.exists(f"{stage}/manifest.json"):
             # Two cores: nothing is served while models are trained and compared.
-            _deploy(cluster, directory, (EMBEDDED, TEACHER) if stage == "generate" else None)
+            _deploy(cluster, directory, own, (EMBEDDED, TEACHER) if stage == "generate" else None)
         if stage == "generate":
             overrides += ["--generate.teacher.base-url", f"{cluster.serve_url}/v1"]
             # Our server has no limit and names none. Were it unknown, the first request would go alone, to find out.
@@ -51,9 +55,9 @@ def up(directory: Path) -> int:
         _say(f"{stage}: ray job submit -- python jobs/{stage}.py --recipe {RECIPE}")
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())
-    _deploy(cluster, directory, (run.path("train/model"), STUDENT))
-    answer = _ask(cluster)
-    print(_summary(run, cluster, answer, time.monotonic() - started_s), flush=True)
+    _deploy(cluster, directory, own, (run.path("train/model"), STUDENT))
+    answer, found = _ask(cluster, own)
+    print(_summary(run, cluster, own, answer, found, time.monotonic() - started_s), flush=True)
     return 0
 
 
@@ -68,18 +72,43 @@ def down(directory: Path) -> int:
     return 0
 
 
-def _cluster(directory: Path) -> local.LocalCluster:
+@dataclass(frozen=True)
+class _Secrets:
+    """Made at the first time, for this demo alone. `api_key` is a client's, `key_file` what the server knows of it."""
+
+    api_key: Path
+    key_file: Path
+    watermark_key: Path
+
+
+def _secrets(directory: Path) -> _Secrets:
+    own = _Secrets(directory / "api_key", directory / "api_keys.jsonl", directory / "watermark_key")
+    if not own.watermark_key.exists():  # written last
+        directory.mkdir(parents=True, exist_ok=True)
+        key = make_key("demo", ["generate", "detect"])
+        _write_private(own.api_key, key.secret)
+        _write_private(own.key_file, key.line + "\n")
+        _write_private(own.watermark_key, str(secrets.randbits(62)))
+    return own
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.touch(mode=0o600)
+    path.write_text(text, encoding="utf-8")
+
+
+def _cluster(directory: Path, own: _Secrets) -> local.LocalCluster:
     cluster = local.running(directory)
     if cluster:
         _say(f"the local Ray cluster runs already: {cluster.dashboard}")
         return cluster
     _say("a local Ray cluster with a temp dir, ports and a token of its own")
-    # Nodes know the teacher's key by their environment; our own server asks for none, any value will do.
-    environment = {"OPENAI_API_KEY": "none-needed"}
+    # Nodes know the teacher's key by their environment; the teacher is served by us.
+    environment = {"OPENAI_API_KEY": own.api_key.read_text()}
     return local.start(directory, num_cpus=max(2, psutil.cpu_count() or 2), extra_environment=environment)
 
 
-def _deploy(cluster: local.LocalCluster, directory: Path, model: tuple[str, str] | None) -> None:
+def _deploy(cluster: local.LocalCluster, directory: Path, own: _Secrets, model: tuple[str, str] | None) -> None:
     """Deploy serve_config.yaml with this model and name on the cluster's port, or nothing at all."""
     config = yaml.safe_load(Path("serve_config.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = cluster.serve_port
@@ -88,26 +117,34 @@ def _deploy(cluster: local.LocalCluster, directory: Path, model: tuple[str, str]
     if model:
         reference, name = model
         _say(f"serve deploy: {name} at {cluster.serve_url}/v1")
-        application["args"] |= {"model": reference, "model_name": name}
+        args = application["args"]
+        args |= {"model": reference, "model_name": name}
+        args["admission"]["key_file"] = str(own.key_file)
+        # A student would learn its teacher's mark.
+        args["watermark"] |= {"enabled": name != TEACHER, "key_file": str(own.watermark_key)}
         config["applications"] = [application | {"name": name}]
     config_file = directory / "serve_config.yaml"
     config_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     local.deploy(cluster, config_file, DEPLOY_TIMEOUT_S)
 
 
-def _ask(cluster: local.LocalCluster) -> str:
-    """The student's answer to QUESTION. Raises UserError if it says nothing."""
-    with OpenAI(base_url=f"{cluster.serve_url}/v1", api_key="none-needed", timeout=120) as client:
+def _ask(cluster: local.LocalCluster, own: _Secrets) -> tuple[str, str]:
+    """The student's answer to QUESTION, and what the detector says of it. Raises UserError if it says nothing."""
+    with OpenAI(base_url=f"{cluster.serve_url}/v1", api_key=own.api_key.read_text(), timeout=120) as client:
         response = client.chat.completions.create(
             model=STUDENT, messages=[{"role": "user", "content": QUESTION}], max_tokens=120, temperature=0
         )
-    answer = response.choices[0].message.content or ""
-    if not answer.strip():
-        raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
-    return answer.strip()
+        answer = response.choices[0].message.content or ""
+        if not answer.strip():
+            raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
+        found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
+    score = f"z {found['z_score']:.2f}, p-value {found['p_value']:.1e}"
+    return answer.strip(), f"{found['verdict']}: {score}, {found['num_green']} of {found['num_scored']} tokens green"
 
 
-def _summary(run: RunDirectory, cluster: local.LocalCluster, answer: str, took_s: float) -> str:
+def _summary(  # noqa: PLR0913, PLR0917 - all that there is to say
+    run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, answer: str, found: str, took_s: float
+) -> str:
     manifests: dict[str, dict[str, Any]] = {stage: run.read_json(f"{stage}/manifest.json") for stage in STAGES}
     lines = ["", f"{'stage':<10} {'seconds':>8}  what it made"]
     for stage, manifest in manifests.items():
@@ -118,8 +155,10 @@ def _summary(run: RunDirectory, cluster: local.LocalCluster, answer: str, took_s
         "",
         f"asked:     {QUESTION}",
         f"answered:  {answer}",
+        f"watermark: {found}",
         "",
-        f"The student is served at {cluster.serve_url}/v1 (model {STUDENT}); Ray's dashboard is {cluster.dashboard}.",
+        f"The student is served at {cluster.serve_url}/v1 (model {STUDENT}); the API key is in {own.api_key}.",
+        f"Ray's dashboard is {cluster.dashboard}.",
         f"The demo took {took_s:.0f} s. `make down` ends it; the runs stay.",
     ]
     return "\n".join(lines)

@@ -25,9 +25,14 @@ RAY_FILES = {
     "alpaca_ray/train/worker.py",
     "alpaca_ray/evaluate/dataset.py",
     "alpaca_ray/serve/app.py",
+    "alpaca_ray/serve/lint.py",
+    "alpaca_ray/serve/monitor.py",
 }
 RAY_ROOMS = ("alpaca_ray/cluster/", "jobs/")
-TORCH_FILES = re.compile(r"alpaca_ray/(train/.*|serve/\w+_engine|evaluate/loss|safety/watermark|models)\.py")
+TORCH_FILES = re.compile(
+    r"alpaca_ray/(train/.*|serve/(\w+_engine|step|sampling|decoder|llama|attention|linear)|evaluate/loss"
+    r"|safety/watermark|models)\.py"
+)
 # A room may import rooms of a lower level only; config and schema share the lowest.
 LEVELS = {
     "config": 0, "schema": 1, "settings": 1, "prompts": 2, "artifacts": 2, "models": 2, "provider": 3, "safety": 3,

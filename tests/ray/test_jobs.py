@@ -64,7 +64,9 @@ def test_a_served_random_model_is_a_teacher_whose_every_answer_is_rejected(
 ) -> None:
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = cluster.serve_port
-    config["applications"][0]["args"] |= {"model": str(tiny_model), "model_name": "tiny", "max_length": 2048}
+    args = config["applications"][0]["args"]
+    args |= {"model": str(tiny_model), "model_name": "tiny", "max_length": 2048}
+    args["watermark"]["enabled"] = False
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     local.deploy(cluster, tmp_path / "serve.yaml", timeout_s=120)
 

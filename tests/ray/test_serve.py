@@ -1,8 +1,6 @@
 """The application on real Ray Serve, read by the official client; and the config file that ships."""
 
 import inspect
-import json
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -10,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import ray
 import yaml
@@ -17,12 +16,15 @@ from pydantic import BaseModel, ValidationError
 from ray import serve
 from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationSchema, ServeDeploySchema
 
-from alpaca_ray.config import Placement, ServeArgs, UserError
+from alpaca_ray.config import AdmissionConfig, Placement, ServeArgs, UserError, WatermarkConfig
 from alpaca_ray.serve.app import build, served_name
+from alpaca_ray.serve.keys import make_key
+from tests.tiny import READABLE, write_tiny_model
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
 CONTEXT = 200_000  # minutes of decoding: what is idle before has been cancelled
 DEADLINE_S = 30.0
+WATERMARK_KEY = 3_141_592_653_589_793_238
 
 
 def free_port() -> int:
@@ -32,28 +34,33 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def client(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
-    model = shutil.copytree(tiny_model, tmp_path_factory.mktemp("serve") / "patient")
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
+    directory = tmp_path_factory.mktemp("serve") / "patient"
+    model = write_tiny_model(directory, alphabet=READABLE, max_length=CONTEXT, ends=False)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    (model.parent / "watermark_key").write_text(str(WATERMARK_KEY))
+    key = make_key("tests", ["generate", "detect"])
+    (model.parent / "keys.jsonl").write_text(key.line + "\n")
     args = ServeArgs(
         model=str(model),
         prompt_format="plain",
         dtype="float32",
         max_length=CONTEXT,
+        max_batch_size=4,
+        watermark=WatermarkConfig(key_file=str(model.parent / "watermark_key")),
+        admission=AdmissionConfig(key_file=str(model.parent / "keys.jsonl")),
         placement=Placement(num_cpus=1, label_selector=here),
     )
     port = free_port()
     serve.start(http_options={"host": "127.0.0.1", "port": port})
     serve.run(build(args), name="test", route_prefix="/")
-    with openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=60) as client:
+    with openai.OpenAI(api_key=key.secret, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=60) as client:
         yield client
     serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
 
 
 def health(client: openai.OpenAI) -> dict[str, Any]:
-    answer: dict[str, Any] = client.get("/../health", cast_to=dict[str, Any])
+    answer: dict[str, Any] = client.get("/../ready", cast_to=dict[str, Any])
     return answer
 
 
@@ -71,8 +78,8 @@ def test_the_official_client_gets_models_completions_and_chats(client: openai.Op
     assert chat.choices[0].message.content == completion.choices[0].text != ""
 
 
-def test_a_stream_comes_token_by_token_and_is_the_whole_answer(client: openai.OpenAI) -> None:
-    asked: dict[str, Any] = {"model": "patient", "prompt": "ab", "max_tokens": 40, "temperature": 1.0, "seed": 4}
+def test_a_stream_comes_by_sentences_and_is_the_whole_answer(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "patient", "prompt": "ab", "max_tokens": 1000, "temperature": 1.0, "seed": 4}
 
     whole = client.completions.create(**asked)
     events = list(client.completions.create(**asked, stream=True))
@@ -97,6 +104,47 @@ def test_errors_keep_their_codes_through_the_handle(client: openai.OpenAI) -> No
     assert too_long.value.code == too_long_stream.value.code == "context_length_exceeded"
     assert empty.value.code == "invalid_prompt"
     assert misspelt.value.param == "temprature"
+
+
+def test_nobody_asks_without_a_key(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="ar-made-up").completions.create(model="patient", prompt="x")
+
+
+def test_what_is_said_carries_the_mark(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "patient", "prompt": "Hello", "max_tokens": 200, "temperature": 1.0, "seed": 1}
+    said = client.completions.create(**asked).choices[0].text
+    other = "This sentence and the one behind it were written by hand, a long time before any model was asked. " * 3
+
+    marked, unmarked = (
+        client.post("/watermark/detect", body={"text": text}, cast_to=dict[str, Any]) for text in (said, other)
+    )
+
+    assert marked["verdict"] == "marked"
+    assert unmarked["verdict"] != "marked"
+
+
+def test_a_stream_survives_its_replica(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "patient", "prompt": "Hello", "max_tokens": 3000, "temperature": 0, "seed": 1}
+    whole = client.completions.create(**asked).choices[0].text
+
+    events = client.completions.create(**asked, stream=True)
+    said = next(events).choices[0].text
+    [replica] = engine_replicas()
+    replica.kill()
+    said += "".join(event.choices[0].text for event in events)
+
+    assert said == whole
+    assert [process.pid for process in engine_replicas()] != [replica.pid]
+
+
+def engine_replicas() -> list[psutil.Process]:
+    """The processes that hold the model."""
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(part.startswith("ray::ServeReplica:test:EngineReplica") for part in process.info["cmdline"] or [])
+    ]
 
 
 @pytest.mark.parametrize("stream", [True, False])
