@@ -26,6 +26,10 @@ class ContextLengthError(ValueError):
         )
 
 
+class SchemaError(ValueError):
+    """A JSON schema that no completion can be held to. The text says why."""
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the next token is chosen. `temperature` 0 is greedy; `seed` None takes a new one from the system.
@@ -40,6 +44,7 @@ class SamplingParams:
     seed: int | None = None
     presence_penalty: float = 0.0  # OpenAI's penalties, over the tokens of the completion
     frequency_penalty: float = 0.0
+    json_schema: str | None = None  # JSON; the completion is a value that it allows, cut off by max_tokens alone
     num_logprobs: int | None = None  # likeliest tokens told with each token; 0: its own alone; None: nothing
 
 
@@ -85,6 +90,7 @@ class Health:
 
     num_running: int
     num_waiting: int
+    is_asleep: bool = False  # there is no engine while nobody asks; the next request waits for one
 
 
 class Engine(Protocol):
@@ -93,7 +99,7 @@ class Engine(Protocol):
     def generate(self, request: TokenRequest) -> AsyncGenerator[Delta, None]:
         """Deltas as they come; closing the generator, or cancelling its task, drops the request from the batch.
 
-        Raises ContextLengthError before the first delta, EngineError at any point.
+        Raises ContextLengthError and SchemaError before the first delta, EngineError at any point.
         """
         ...
 

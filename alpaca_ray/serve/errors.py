@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from alpaca_ray.config import nearest
 from alpaca_ray.safety.verdict import ModerationUnavailableError, UnjudgeableTextError
-from alpaca_ray.serve.engine import ContextLengthError, EngineError
+from alpaca_ray.serve.engine import ContextLengthError, EngineError, SchemaError
 from alpaca_ray.serve.moderated import ContentFilterError
 from alpaca_ray.serve.text import PromptError
 
@@ -77,6 +77,9 @@ def _expected(error: Exception) -> APIError | None:
             answer = APIError(400, str(error), code="context_length_exceeded")
         case PromptError():
             answer = APIError(400, str(error), code="invalid_prompt")
+        case SchemaError():
+            message = f"response_format: the schema cannot be obeyed: {error}"
+            answer = APIError(400, message, "response_format", "invalid_value")
         case ContentFilterError():
             answer = APIError(400, str(error), code="content_filter")
         case UnjudgeableTextError():

@@ -1,6 +1,7 @@
 """OpenAI's wire format: strict request models. What we do not support is refused by name."""
 
 import hashlib
+import json
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
@@ -154,7 +155,9 @@ class _Request(Wire):
         """For each prompt."""
         return 1 if self.n is None else self.n
 
-    def sampling(self, max_tokens: int | None, num_logprobs: int | None) -> list[SamplingParams]:
+    def sampling(
+        self, max_tokens: int | None, num_logprobs: int | None, json_schema: str | None = None
+    ) -> list[SamplingParams]:
         """As the engine takes it, for each choice of a prompt."""
         first = SamplingParams(
             max_tokens=max_tokens,
@@ -165,6 +168,7 @@ class _Request(Wire):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             num_logprobs=num_logprobs,
+            json_schema=json_schema,
         )
         return [replace(first, seed=seed_of_choice(self.seed, i)) for i in range(self.num_choices)]
 
@@ -241,6 +245,34 @@ class ChatMessage(Wire):
         return Message(role, "".join(part.text for part in self.content))
 
 
+class JSONSchemaFormat(Wire):
+    """A schema under its name. It is always obeyed, so `strict` says nothing more."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    """What form the answer has."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JSONSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_belongs_to_its_type(self) -> Self:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is needed with type json_schema, and with no other")
+        return self
+
+    def schema_text(self) -> str | None:
+        """The JSON schema that the answer obeys, as JSON."""
+        if self.json_schema is not None:
+            return json.dumps(self.json_schema.json_schema)
+        return None if self.type == "text" else '{"type": "object"}'
+
+
 class ChatCompletionRequest(_Request):
     """POST /v1/chat/completions."""
 
@@ -251,6 +283,9 @@ class ChatCompletionRequest(_Request):
     max_completion_tokens: PositiveInt | None = Field(None, description="default: what the context has room for")
     logprobs: bool | None = Field(None, description="of the model before watermark, temperature and penalties")
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = Field(None, description="0 to 20; needs `logprobs`")
+    response_format: ResponseFormat | None = Field(
+        None, description="`json_schema`: the answer obeys the schema, unless it is cut off; `json_object`; `text`"
+    )
     prompt_cache_key: Label = None
     safety_identifier: Label = None
 
@@ -265,7 +300,6 @@ class ChatCompletionRequest(_Request):
     prompt_cache_options: Annotated[Any, _only()] = None
     prompt_cache_retention: Annotated[Any, _only()] = None
     reasoning_effort: Annotated[Any, _only("none")] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
     service_tier: Annotated[Any, _only("auto", "default")] = None
     store: Annotated[Any, _only(False)] = None
     tool_choice: Annotated[Any, _only("none", "auto")] = None
@@ -286,7 +320,8 @@ class ChatCompletionRequest(_Request):
         """The conversation, once for each choice."""
         max_tokens = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         messages = tuple(message.message() for message in self.messages)
-        each = self.sampling(max_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+        json_schema = self.response_format.schema_text() if self.response_format is not None else None
+        each = self.sampling(max_tokens, (self.top_logprobs or 0) if self.logprobs else None, json_schema)
         return [TextRequest(messages, sampling, self.stop) for sampling in each]
 
     def wants_logprobs(self) -> bool:

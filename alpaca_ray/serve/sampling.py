@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alpaca_ray.serve.engine import SamplingParams, TokenLogprob
+from alpaca_ray.serve.grammar import Grammar
 
 FIRST_CANDIDATES = 256  # sorting all of 49,152 tokens takes 15 times as long as finding these
 CANDIDATES_GROWTH = 16
@@ -24,15 +25,22 @@ class RowSampling:
     params: SamplingParams
     seed: int
     counts: Tensor | None = None
+    grammar: Grammar | None = None  # of a completion that obeys a JSON schema
     num_chosen: int = 0
 
     @classmethod
-    def start(
-        cls, params: SamplingParams, seed: int, emitted: Sequence[int], vocab_size: int, device: torch.device
+    def start(  # noqa: PLR0913, PLR0917 - what a row begins with
+        cls,
+        params: SamplingParams,
+        seed: int,
+        emitted: Sequence[int],
+        vocab_size: int,
+        device: torch.device,
+        grammar: Grammar | None = None,
     ) -> "RowSampling":
-        """For a completion that begins with `emitted`."""
+        """For a completion that begins with `emitted`, where `grammar` begins too."""
         penalised = params.presence_penalty != 0 or params.frequency_penalty != 0
-        row = cls(params, seed, torch.zeros(vocab_size, device=device) if penalised else None)
+        row = cls(params, seed, torch.zeros(vocab_size, device=device) if penalised else None, grammar)
         for token_id in emitted:
             row.append(token_id)
         return row
@@ -42,6 +50,8 @@ class RowSampling:
         self.num_chosen += 1
         if self.counts is not None:
             self.counts[token_id] += 1
+        if self.grammar is not None:
+            self.grammar.append(token_id)
 
     def penalties(self) -> Tensor | None:
         """What OpenAI's formula takes off the logits: (V,)."""
@@ -55,6 +65,9 @@ def choose(logits: Tensor, rows: Sequence[RowSampling]) -> list[int | None]:
     for i, row in enumerate(rows):
         if (penalties := row.penalties()) is not None:
             logits[i] -= penalties
+        if row.grammar is not None:
+            allowed = torch.from_numpy(row.grammar.allowed()).to(logits.device)
+            logits[i].masked_fill_(~allowed, -torch.inf)
     best, token_ids = logits.max(dim=-1)  # a NaN is the largest of all
     drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
     whole = [i for i in drawn if not _is_restricted(rows[i].params)]

@@ -15,7 +15,8 @@ import torch
 from alpaca_ray import models
 from alpaca_ray.config import Placement, ServeArgs
 from alpaca_ray.serve.decoder import Decoder, ModuleDecoder
-from alpaca_ray.serve.engine import Delta, EngineError, Health, TokenRequest, room_for_completion
+from alpaca_ray.serve.engine import Delta, EngineError, Health, SchemaError, TokenRequest, room_for_completion
+from alpaca_ray.serve.grammar import Grammar, Grammars
 from alpaca_ray.serve.llama import LlamaDecoder, supports
 from alpaca_ray.serve.sampling import RowSampling
 from alpaca_ray.serve.schedule import Row, Schedule, Turn
@@ -40,10 +41,12 @@ def load_engine(args: ServeArgs, marks: Marks | None = None) -> "TorchEngine":
             "set dtype: float32 in the application's args"
         )
     model: Any = models.load_model(args.model, args.dtype)
+    decoder = decoder_for(model.to(device), args.max_batch_size, args.max_length)
     return TorchEngine(
-        decoder_for(model.to(device), args.max_batch_size, args.max_length),
+        decoder,
         end_token_ids(model),
         marks=marks,
+        grammars=Grammars(models.load_tokenizer(args.model), decoder.vocab_size),
         prefill_chunk=PREFILL_CHUNK[device],
         num_threads=num_threads(args.placement),
     )
@@ -95,11 +98,13 @@ class TorchEngine:
         end_token_ids: frozenset[int] = frozenset(),
         *,
         marks: Marks | None = None,
+        grammars: Grammars | None = None,  # without them no request may ask for a JSON schema
         prefill_chunk: int = PREFILL_CHUNK["cpu"],
         num_threads: int = 1,
         new_seed: Callable[[], int] = lambda: secrets.randbits(63),
     ) -> None:
-        self._decoder, self._end_token_ids, self._marks = decoder, end_token_ids, marks
+        self._decoder, self._end_token_ids = decoder, end_token_ids
+        self._marks, self._grammars = marks, grammars
         self._num_threads, self._new_seed = num_threads, new_seed
         self._schedule = Schedule(decoder.num_slots, prefill_chunk)
         self._arrived: queue.SimpleQueue[Row | None] = queue.SimpleQueue()  # None: no more will come
@@ -112,7 +117,8 @@ class TorchEngine:
 
     async def generate(self, request: TokenRequest) -> AsyncGenerator[Delta, None]:
         """See `Engine`. Raises ValueError for ids that the model does not have."""
-        row = self._row(request)
+        schema = request.sampling.json_schema
+        row = self._row(request, None if schema is None else await asyncio.to_thread(self._grammar, schema))
         if row.num_left <= 0 and not request.echoes_logprobs:
             yield Delta((), "length")
             return
@@ -161,7 +167,12 @@ class TorchEngine:
             self._refusal = reason
             self._arrived.put(None)
 
-    def _row(self, request: TokenRequest) -> Row:
+    def _grammar(self, json_schema: str) -> Grammar:
+        if self._grammars is None:
+            raise SchemaError("this engine has no tokenizer to spell JSON with")
+        return self._grammars.start(json_schema)
+
+    def _row(self, request: TokenRequest, grammar: Grammar | None) -> Row:
         decoder, params = self._decoder, request.sampling
         num_left = room_for_completion(request, decoder.max_length) - len(request.emitted)
         ids = [*request.prompt_token_ids, *request.emitted]
@@ -169,7 +180,7 @@ class TorchEngine:
             # On a GPU such an id would end the process.
             raise ValueError(f"token ids are 0 to {decoder.vocab_size - 1}, not {min(ids)} or {max(ids)}")
         seed = self._new_seed() if params.seed is None else params.seed
-        sampling = RowSampling.start(params, seed, request.emitted, decoder.vocab_size, decoder.device)
+        sampling = RowSampling.start(params, seed, request.emitted, decoder.vocab_size, decoder.device, grammar)
         return Row(request, sampling, num_left, request.stop_token_ids | self._end_token_ids)
 
     def _run(self) -> None:
@@ -223,13 +234,15 @@ class TorchEngine:
 
     def _emit(self, outcomes: list[Outcome]) -> None:
         messages = [(o.turn.row, message) for o in outcomes if (message := _message(o)) is not None]
-        _send(messages)
-        for row, message in messages:
-            if isinstance(message, Delta):
-                self._num_generated_tokens += len(message.token_ids)
-            if isinstance(message, EngineError) or message.finish_reason is not None:
-                self._schedule.remove([row])
-                self._decoder.release(row.slot)
+        try:
+            for row, message in messages:
+                if isinstance(message, Delta):
+                    self._num_generated_tokens += len(message.token_ids)
+                if isinstance(message, EngineError) or message.finish_reason is not None:
+                    self._schedule.remove([row])
+                    self._decoder.release(row.slot)
+        finally:
+            _send(messages)  # last: who hears the end finds the slot free
 
 
 def _message(outcome: Outcome) -> Delta | EngineError | None:

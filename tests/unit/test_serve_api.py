@@ -184,7 +184,7 @@ def test_defaults_are_those_of_openai() -> None:
         ("chat/completions", {**ASKED, "top_logprobs": 3}, "top_logprobs", "needs logprobs"),
         ("chat/completions", {**ASKED, "logprobs": True, "top_logprobs": 21}, "top_logprobs", "equal to 20"),
         ("chat/completions", {**ASKED, "tools": [{}]}, "tools", "not supported"),
-        ("chat/completions", {**ASKED, "response_format": {"type": "json_object"}}, "response_format", "not"),
+        ("chat/completions", {**ASKED, "response_format": {"type": "xml"}}, "response_format.type", "'json_schema'"),
         ("chat/completions", {**ASKED, "max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens", "differ"),
     ],
 )
