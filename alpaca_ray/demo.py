@@ -25,7 +25,8 @@ from alpaca_ray.settings import load_config
 
 RECIPE = "tiny_cpu"
 TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
-QUESTION = "Explain what a rainbow is."
+# With the temperature of each. The second answer is longer, as a rule: long enough for the detector.
+QUESTIONS = {"Explain what a rainbow is.": 0.0, "Describe a day in the life of a farmer.": 1.0}
 DEPLOY_TIMEOUT_S = 300
 REQUESTS_PER_MINUTE = 6000
 
@@ -56,8 +57,8 @@ def up(directory: Path) -> int:
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())
     _deploy(cluster, directory, own, (run.path("train/model"), STUDENT))
-    answer, found = _ask(cluster, own)
-    print(_summary(run, cluster, own, answer, found, time.monotonic() - started_s), flush=True)
+    answers = _ask(cluster, own)
+    print(_summary(run, cluster, own, answers, time.monotonic() - started_s), flush=True)
     return 0
 
 
@@ -128,23 +129,30 @@ def _deploy(cluster: local.LocalCluster, directory: Path, own: _Secrets, model: 
     local.deploy(cluster, config_file, DEPLOY_TIMEOUT_S)
 
 
-def _ask(cluster: local.LocalCluster, own: _Secrets) -> tuple[str, str]:
-    """The student's answer to QUESTION, and what the detector says of it. Raises UserError if it says nothing."""
+def _ask(cluster: local.LocalCluster, own: _Secrets) -> list[str]:
+    """The student's answers to QUESTIONS, and what the detector says of each. Raises UserError if it says nothing."""
     with OpenAI(base_url=f"{cluster.serve_url}/v1", api_key=own.api_key.read_text(), timeout=120) as client:
-        response = client.chat.completions.create(
-            model=STUDENT, messages=[{"role": "user", "content": QUESTION}], max_tokens=120, temperature=0
-        )
-        answer = response.choices[0].message.content or ""
-        if not answer.strip():
-            raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
-        found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
+        return [_asked(client, question, temperature) for question, temperature in QUESTIONS.items()]
+
+
+def _asked(client: OpenAI, question: str, temperature: float) -> str:
+    response = client.chat.completions.create(
+        model=STUDENT,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=200,
+        temperature=temperature,
+        seed=1,
+    )
+    answer = (response.choices[0].message.content or "").strip()
+    if not answer:
+        raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
+    found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
     score = f"z {found['z_score']:.2f}, p-value {found['p_value']:.1e}"
-    return answer.strip(), f"{found['verdict']}: {score}, {found['num_green']} of {found['num_scored']} tokens green"
+    score += f", {found['num_green']} of {found['num_scored']} tokens green"
+    return f"asked:     {question}\nanswered:  {answer}\nwatermark: {found['verdict']}: {score}\n"
 
 
-def _summary(  # noqa: PLR0913, PLR0917 - all that there is to say
-    run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, answer: str, found: str, took_s: float
-) -> str:
+def _summary(run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, answers: list[str], took_s: float) -> str:
     manifests: dict[str, dict[str, Any]] = {stage: run.read_json(f"{stage}/manifest.json") for stage in STAGES}
     lines = ["", f"{'stage':<10} {'seconds':>8}  what it made"]
     for stage, manifest in manifests.items():
@@ -153,10 +161,7 @@ def _summary(  # noqa: PLR0913, PLR0917 - all that there is to say
         lines.append(f"{'':<10} {'':>8}  {run.path(stage)}")
     lines += [
         "",
-        f"asked:     {QUESTION}",
-        f"answered:  {answer}",
-        f"watermark: {found}",
-        "",
+        *answers,
         f"The student is served at {cluster.serve_url}/v1 (model {STUDENT}); the API key is in {own.api_key}.",
         f"Ray's dashboard is {cluster.dashboard}.",
         f"The demo took {took_s:.0f} s. `make down` ends it; the runs stay.",
