@@ -1,6 +1,7 @@
 """`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, keys; and how jobs begin and end."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -102,6 +103,7 @@ def _add_detect(detect: argparse.ArgumentParser) -> None:
     detect.add_argument("--allow-public-key", action="store_true", help="accept the published default key")
     detect.add_argument("--gamma", type=float, default=0.25, help="as the server has it (default: %(default)s)")
     detect.add_argument("--delta", type=float, default=2.0, help="as the server has it (default: %(default)s)")
+    detect.add_argument("--ids", action="store_true", help="the file holds token ids, a JSON list, in place of text")
     detect.add_argument("--json", action="store_true", help="one line of JSON")
 
 
@@ -153,19 +155,17 @@ def _detect(arguments: argparse.Namespace) -> int:
 
     key = read_key(arguments.key_env, arguments.key_file, arguments.allow_public_key)
     text = _read_text(arguments.file)  # what is missing is said before torch is loaded
+    ids = _token_ids(text, arguments.file) if arguments.ids else None
     from alpaca_ray.safety import watermark
 
-    found = watermark.detect_text(
-        text,
-        arguments.model,
-        watermark.Watermark(
-            key.get_secret_value(),
-            arguments.gamma,
-            arguments.delta,
-            vocab_size=watermark.vocab_size(arguments.model),
-            allow_public_key=arguments.allow_public_key,
-        ),
+    mark = watermark.Watermark(
+        key.get_secret_value(),
+        arguments.gamma,
+        arguments.delta,
+        vocab_size=watermark.vocab_size(arguments.model),
+        allow_public_key=arguments.allow_public_key,
     )
+    found = watermark.detect_text(text, arguments.model, mark) if ids is None else mark.detect(ids)
     print(found.to_json() if arguments.json else found.render())
     return 0
 
@@ -177,6 +177,16 @@ def _read_text(file: str) -> str:
         raise UserError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"{'standard input' if file == '-' else file} is not UTF-8: convert it first") from None
+
+
+def _token_ids(text: str, file: str) -> list[int]:
+    try:
+        ids = json.loads(text)
+    except ValueError:
+        ids = None
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise UserError(f"{file} holds no token ids: with --ids it has to be a JSON list of whole numbers")
+    return ids
 
 
 def _lint(arguments: argparse.Namespace) -> int:

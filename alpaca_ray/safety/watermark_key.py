@@ -51,7 +51,10 @@ def read_key(
     text = _file_text(key_file) if key_file else (os.environ if environ is None else environ).get(key_env, "").strip()
     if not text:
         what = "is empty" if key_file else "is not set"
-        raise UserError(f"{key_file or key_env} {what}: it holds the watermark's key; {HOW_TO_MAKE_ONE}")
+        raise UserError(
+            f"{key_file or key_env} {what}: it holds the watermark's key; to detect, give the one that the server "
+            f"marks with; for a new server {HOW_TO_MAKE_ONE}"
+        )
     if not (text.isascii() and text.isdecimal() and len(text) <= 20):  # 2**63 has 19 digits
         raise UserError(f"{where} is not a whole number of at most 19 digits; {HOW_TO_MAKE_ONE}")
     check_key(int(text), allow_public_key, where)

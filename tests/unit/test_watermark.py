@@ -70,6 +70,14 @@ def test_the_bias_is_what_transformers_adds() -> None:
     assert Watermark(KEY, vocab_size=TINY).bias([]).shape == (0, TINY)
 
 
+def test_a_warm_cache_has_the_same_lists() -> None:
+    warm, cold = Watermark(KEY, vocab_size=TINY), Watermark(KEY, vocab_size=TINY)
+    assert warm.warm() == warm._list.cache_info().misses == TINY
+    everyone = list(range(TINY))
+    assert torch.equal(warm.bias(everyone), cold.bias(everyone))
+    assert warm._list.cache_info().misses == TINY
+
+
 def test_the_cache_is_bounded_in_bytes() -> None:
     num_lists = Watermark(KEY, vocab_size=50_000)._list.cache_info().maxsize
     assert num_lists is not None
@@ -405,6 +413,10 @@ def test_the_command_says_what_the_detector_finds(
     assert cli.main([*command, "--json"]) == 0
     shown = capsys.readouterr()
     assert shown.out == expected.to_json() + "\n"
+    ids = models.load_tokenizer(str(tiny_model))(marked_text, add_special_tokens=False)["input_ids"]
+    path.write_text(json.dumps(ids))
+    assert cli.main([*command, "--ids", str(path)]) == 0
+    assert capsys.readouterr().out == expected.render() + "\n"
     assert str(KEY) not in shown.out + shown.err
 
 
@@ -415,8 +427,14 @@ def test_the_command_says_what_is_wrong(
     (tmp_path / "latin").write_bytes(b"caf\xe9")
     command = ["detect", "--model", str(tiny_model)]
     assert cli.main([*command, str(tmp_path / "latin")]) == 2
-    assert "ALPACA_RAY_WATERMARK_KEY is not set" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "ALPACA_RAY_WATERMARK_KEY is not set" in shown
+    assert "the one that the server marks with" in shown
     monkeypatch.setenv("ALPACA_RAY_WATERMARK_KEY", str(KEY))
     for name, problem in (("latin", "is not UTF-8"), ("missing", "cannot be read: No such file")):
         assert cli.main([*command, str(tmp_path / name)]) == 2
         assert problem in capsys.readouterr().err
+    for content in ("some text", '{"ids": [1]}', "[1.0]", "[true]", "7"):
+        (tmp_path / "ids").write_text(content)
+        assert cli.main([*command, "--ids", str(tmp_path / "ids")]) == 2
+        assert "holds no token ids" in capsys.readouterr().err
