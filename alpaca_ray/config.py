@@ -234,20 +234,56 @@ class ModerationConfig(Strict):
     timeout_s: PositiveFloat = 2.0
 
 
+class AutoscalingConfig(Strict):
+    """How many engine replicas there are, by the requests in hand. Names and meaning are Ray Serve's."""
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1  # 0: none while nobody asks; the first request waits for one
+    max_replicas: PositiveInt
+    initial_replicas: Annotated[int | None, Field(ge=0)] = None  # None: min_replicas
+    target_ongoing_requests: PositiveFloat | None = None  # of each replica; None: max_batch_size, a full batch
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 30.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 600.0
+    downscale_to_zero_delay_s: Annotated[float | None, Field(ge=0)] = None  # of the last one; None: downscale_delay_s
+    look_back_period_s: PositiveFloat = 30.0  # that the requests in hand are averaged over
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> "AutoscalingConfig":
+        initial = self.min_replicas if self.initial_replicas is None else self.initial_replicas
+        if not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) may not be above initial_replicas ({initial}), "
+                f"nor that above max_replicas ({self.max_replicas})"
+            )
+        return self
+
+
 class ServeArgs(Strict):
     """The `args` of the application in serve_config.yaml."""
 
     model: str
     model_name: str | None = None  # the id that clients use; None: the last part of `model`
     prompt_format: Literal["chat_template", "plain"] = "chat_template"
+    engine: Literal["torch", "vllm"] = "torch"  # vllm: the extra of that name, for GPUs
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     max_length: PositiveInt = 2048  # prompt and completion together, in tokens
     max_batch_size: PositiveInt = 16
     num_replicas: PositiveInt = 1
+    autoscaling: AutoscalingConfig | None = None  # in place of num_replicas
     admission: AdmissionConfig = AdmissionConfig()
     watermark: WatermarkConfig = WatermarkConfig()
     moderation: ModerationConfig = ModerationConfig()
     placement: Placement = Placement()
+
+    @model_validator(mode="after")
+    def _counts_replicas_once(self) -> "ServeArgs":
+        if self.autoscaling is not None and self.num_replicas != 1:
+            raise ValueError("give num_replicas or autoscaling, not both: with autoscaling, num_replicas stays at 1")
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        """The most engine replicas that there will be."""
+        return self.num_replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 def explain(error: ValidationError, where: str, model: type[BaseModel] = RunConfig) -> str:

@@ -22,6 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home / "token"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "alpaca_ray.serve.request_headers:proxy_middlewares",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",  # several processes share two cores
         "OPENAI_API_KEY": "good-key",

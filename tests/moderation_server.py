@@ -18,7 +18,7 @@ CATEGORIES = (
 )  # fmt: skip
 KEY = "good-key"
 MODEL = "omni-moderation-latest"
-MARKS = {"BADLY": "violence", "SICKLY": "self-harm"}  # a text is flagged for each of these words in it
+MARKS = {"BADLY": "violence", "SICKLY": "self-harm"}
 REFUSED_WORD = "UNREADABLE"  # an input with it is refused, as one is that the endpoint cannot take
 MAX_INPUTS = 32
 
@@ -26,7 +26,10 @@ Fault = int | Literal["slow", "reset", "torn", "short", "long", "page"]
 
 
 class ModerationServer(ThreadingHTTPServer):
-    """`fault` is given to every request until it is None again. `batches`: the inputs of each answered request."""
+    """`fault` is given to every request until it is None again. `batches`: the inputs of each answered request.
+
+    `marks`: a text is flagged for each of these words in it, with that category.
+    """
 
     daemon_threads = True
 
@@ -34,6 +37,7 @@ class ModerationServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Routes)
         self.fault: Fault | None = None
         self.batches: list[list[str]] = []
+        self.marks = dict(MARKS)
         self.num_requests = 0
         self.released = threading.Event()  # ends the wait of "slow"
         self.lock = threading.Lock()
@@ -91,11 +95,11 @@ class _Routes(BaseHTTPRequestHandler):
         inputs: list[str] = json.loads(raw)["input"]
         with self.server.lock:
             self.server.batches.append(inputs)
-        results = [_result(text) for text in inputs]
+        results = [_result(text, self.server.marks) for text in inputs]
         if fault == "short":
             results.pop()
         if fault == "long":
-            results.append(_result("fine"))
+            results.append(_result("fine", {}))
         data = json.dumps({"id": "modr-1", "model": MODEL, "results": results}).encode()
         return self._send(200, data[: len(data) // 2] if fault == "torn" else data)
 
@@ -138,8 +142,8 @@ class _Routes(BaseHTTPRequestHandler):
         """Say nothing: pytest shows the failures."""
 
 
-def _result(text: str) -> dict[str, Any]:
-    found = {category for mark, category in MARKS.items() if mark in text}
+def _result(text: str, marks: dict[str, str]) -> dict[str, Any]:
+    found = {category for mark, category in marks.items() if mark in text}
     return {
         "flagged": bool(found),
         "categories": {name: name in found for name in CATEGORIES},

@@ -25,7 +25,9 @@ RAY_FILES = {
     "alpaca_ray/train/worker.py",
     "alpaca_ray/evaluate/dataset.py",
     "alpaca_ray/serve/app.py",
+    "alpaca_ray/serve/engine_metrics.py",
     "alpaca_ray/serve/lint.py",
+    "alpaca_ray/serve/listening.py",
     "alpaca_ray/serve/monitor.py",
 }
 RAY_ROOMS = ("alpaca_ray/cluster/", "jobs/")

@@ -56,7 +56,9 @@ class LocalCluster:
         return _environment(Path(self.directory)) | {"RAY_API_SERVER_ADDRESS": self.dashboard}
 
 
-def start(directory: Path, num_cpus: int, extra_environment: dict[str, str]) -> LocalCluster:
+def start(
+    directory: Path, num_cpus: int, extra_environment: dict[str, str], timeout_s: float = START_TIMEOUT_S
+) -> LocalCluster:
     """Start a head and wait until it answers. `extra_environment` is seen by all its jobs and actors.
 
     Raises UserError with the end of its log if it does not come up.
@@ -80,7 +82,7 @@ def start(directory: Path, num_cpus: int, extra_environment: dict[str, str]) -> 
     serve_port = 8000 if is_free(8000) else free_ports(1)[0]
     cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port)
     (directory / "cluster.json").write_text(json.dumps(asdict(cluster)))
-    _wait_until_up(cluster, process)
+    _wait_until_up(cluster, process, timeout_s)
     return cluster
 
 
@@ -142,11 +144,17 @@ def deploy(cluster: LocalCluster, config_file: Path, timeout_s: float) -> None:
         states = {name: application["status"] for name, application in applications.items()}
         for name in sorted(states.keys() & wanted):
             if states[name] in ("DEPLOY_FAILED", "UNHEALTHY"):
-                raise UserError(f"application {name} is {states[name]}: {applications[name]['message']}")
+                raise UserError(f"application {name} is {states[name]}: {_reason(applications[name])}")
         if states == dict.fromkeys(wanted, "RUNNING"):
             return
         time.sleep(0.5)
     raise UserError(f"the applications do not run after {timeout_s:.0f} s: {states}; logs in {cluster.temp_dir}")
+
+
+def _reason(application: dict[str, Any]) -> str:
+    """What Serve says of it; of a replica that raised, that stands with the deployment alone."""
+    said = [application["message"], *(one["message"] for one in application["deployments"].values())]
+    return "\n".join(message[-2000:] for message in said if message)
 
 
 def free_ports(count: int) -> list[int]:
@@ -170,6 +178,8 @@ def _environment(directory: Path) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_TIMEOUT_S),
+        # Serve's proxies drop the headers by which any client could steer them.
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "alpaca_ray.serve.request_headers:proxy_middlewares",
         # Entrypoints say `python`: the one of this environment.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
@@ -194,8 +204,8 @@ def _head(cluster: LocalCluster) -> psutil.Process | None:
     return process if process.create_time() == cluster.process_started_s else None
 
 
-def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes]) -> None:
-    deadline_s = time.monotonic() + START_TIMEOUT_S
+def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes], timeout_s: float) -> None:
+    deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and process.poll() is None:
         with contextlib.suppress(OSError):
             _ask_dashboard(cluster, "/api/serve/applications/")

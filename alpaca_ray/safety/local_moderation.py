@@ -1,8 +1,8 @@
 """Word patterns as a Moderator of last resort: no model, no network. What they cover stands in local_patterns.yaml.
 
-No package was fit to take their place (looked at in November 2026): alt-profanity-check knows profanity alone and pins
-scikit-learn to one version for its pickle, hatesonar knows hate in tweets alone and wants onnxruntime, skl2onnx and
-pandas, detoxify loads its weights at run time. None knows of self-harm or of illicit advice.
+No package was fit to take their place (looked at in November 2026): alt-profanity-check 1.9.1 knows profanity alone and
+pins scikit-learn to one version for its pickle, hatesonar 0.1.0 knows hate in tweets alone and wants onnxruntime,
+skl2onnx and pandas, detoxify 0.5.4 loads its weights at run time. None knows of self-harm or of illicit advice.
 """
 
 import asyncio

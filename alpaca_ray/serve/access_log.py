@@ -26,7 +26,8 @@ OTHER = "other"  # a path or method that a client made up may be anything, a key
 class Access:
     """What became of a request. `refusal`: the reason's name, see admission.py; None: the API answered.
 
-    `status`: 499 if the client left first. `num_tokens`: as the API counted. `prompt`: the body, if it may be logged.
+    `status`: 499 if the client left first. `first_event_s`: of a stream, after the request's headers. `num_tokens`: as
+    the API counted. `prompt`: the body, if it may be logged.
     """
 
     request_id: str
@@ -35,6 +36,7 @@ class Access:
     route: str
     status: int
     duration_s: float
+    first_event_s: float | None = None
     refusal: str | None = None
     num_tokens: int | None = None
     prompt: str | None = None
@@ -42,8 +44,12 @@ class Access:
 
 def log_access(access: Access) -> None:
     """Write the line. Nothing shows before `start` gave the logger somewhere to write."""
-    fields = {name: value for name, value in asdict(access).items() if value is not None}
-    logger.info("%s", json.dumps({"event": "request", **fields, "duration_s": round(access.duration_s, 6)}))
+    fields = {
+        name: round(value, 6) if isinstance(value, float) else value
+        for name, value in asdict(access).items()
+        if value is not None
+    }
+    logger.info("%s", json.dumps({"event": "request", **fields}))
 
 
 def start(stream: TextIO) -> None:

@@ -126,7 +126,7 @@ class Admission:
         return AdmissionStats(places.num_in_flight, places.num_waiting, self._is_draining, dict(self._refusals))
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        visit = Visit(scope, receive, send, request_id(Headers(scope=scope), self._new_id), self._clock())
+        visit = Visit(scope, receive, send, request_id(Headers(scope=scope), self._new_id), self._clock)
         visit.adds_request_id = self._adds_request_id
         try:
             async with asyncio.timeout(self._config.request_timeout_s) as time_limit:
@@ -141,7 +141,7 @@ class Admission:
             await self._refuse(visit, TOO_LONG)
         finally:
             self._settle(visit)
-            self._record(visit.access(self._clock()))
+            self._record(visit.access())
 
     async def _pass(self, visit: Visit) -> None:
         open_to_all = visit.route in OPEN_ROUTES and visit.scope["method"] in READING

@@ -93,7 +93,8 @@ def _add_health(api: FastAPI, model: TextModel) -> None:
             state = await model.health()
         except Exception as error:
             raise as_api_error(error) from None
-        return {"status": "ok", "num_running": state.num_running, "num_waiting": state.num_waiting}
+        status = "asleep" if state.is_asleep else "ok"
+        return {"status": status, "num_running": state.num_running, "num_waiting": state.num_waiting}
 
 
 def _add_models(api: FastAPI, model_name: str, created_s: int) -> None:

@@ -3,34 +3,48 @@
 No `from __future__ import annotations` here: Serve validates the args of `build` only where it finds a real class.
 """
 
+import asyncio
+import importlib.util
 import os
 import sys
+import threading
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from alpaca_ray import models
-from alpaca_ray.config import Placement, ServeArgs, WatermarkConfig
+from alpaca_ray.config import Placement, ServeArgs, UserError, WatermarkConfig
 from alpaca_ray.safety.detection import Detection
 from alpaca_ray.safety.moderation import moderator
 from alpaca_ray.safety.watermark_key import read_key
 from alpaca_ray.serve import access_log
 from alpaca_ray.serve.admission import Admission
 from alpaca_ray.serve.api import create_api
+from alpaca_ray.serve.coalesce import coalesced
 from alpaca_ray.serve.engine import EngineError, Health
+from alpaca_ray.serve.engine_metrics import MeteredEngine
 from alpaca_ray.serve.keys import load_keys
+from alpaca_ray.serve.listening import refuse_exposure
 from alpaca_ray.serve.moderated import ModeratedModel
 from alpaca_ray.serve.monitor import Monitor
-from alpaca_ray.serve.resume import Resuming
+from alpaca_ray.serve.resume import Resuming, retried
 from alpaca_ray.serve.text import TextDelta, TextRequest, TokenizedModel
 
+if TYPE_CHECKING:
+    from alpaca_ray.safety.watermark import Watermark
+    from alpaca_ray.serve.torch_engine import TorchEngine
+    from alpaca_ray.serve.vllm_engine import VllmEngine
+
 ROOM_FOR_PROBES = 100  # requests that need no place in the queue, beside those that do
-MAX_ATTEMPTS = 4  # of a completion whose replicas die
+MAX_ATTEMPTS = 8  # of a request whose replicas die: a long stream outlives several, one that kills them all ends
+READY_TIMEOUT_S = 5.0  # no replica answers for so long: not ready
+# Serve sees that a replica has died when it asks next; at its default of 10 s all would wait for the new one so long.
+HEALTH_CHECK_PERIOD_S = 1.0
 
 
 def build(args: ServeArgs) -> serve.Application:
@@ -40,12 +54,13 @@ def build(args: ServeArgs) -> serve.Application:
         models.check(args.model)
     load_keys(args.admission, os.environ)
     engine = serve.deployment(
-        num_replicas=args.num_replicas,
+        **how_many(args),
         ray_actor_options=actor_options(args.placement),
         # The engine has a queue of its own: with fewer a row would stand empty until the next request is there.
         max_ongoing_requests=2 * args.max_batch_size,
         # A new replica is there before an old one goes, and an old one ends what it has begun.
         max_surge_percent=100,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=args.admission.request_timeout_s,
     )(EngineReplica)
     # The ingress only waits, so it reserves no CPU. It refuses by itself what is too much, so Serve must not queue.
@@ -53,14 +68,24 @@ def build(args: ServeArgs) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=max_in_flight(args) + args.admission.max_waiting + ROOM_FOR_PROBES,
         max_surge_percent=100,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         graceful_shutdown_timeout_s=args.admission.request_timeout_s,
     )(serve.ingress()(Ingress))
     return ingress.bind(engine.bind(args), args)
 
 
+def how_many(args: ServeArgs) -> dict[str, Any]:
+    """Engine replicas, as Serve's options say it."""
+    if args.autoscaling is None:
+        return {"num_replicas": args.num_replicas}
+    # Some of Serve's fields take no None.
+    given = args.autoscaling.model_dump(exclude_none=True)
+    return {"autoscaling_config": {"target_ongoing_requests": args.max_batch_size} | given}
+
+
 def max_in_flight(args: ServeArgs) -> int:
     """Requests that compute at once, at most."""
-    return args.admission.max_in_flight or args.num_replicas * 2 * args.max_batch_size
+    return args.admission.max_in_flight or args.max_replicas * 2 * args.max_batch_size
 
 
 def served_name(args: ServeArgs) -> str:
@@ -84,13 +109,15 @@ class EngineReplica:
     """A TextModel in an actor of its own, with the weights and the watermark. Without its key it does not start."""
 
     def __init__(self, args: ServeArgs) -> None:
-        from alpaca_ray.safety.watermark import Watermark, vocab_size  # torch: only where the engine runs
-        from alpaca_ray.serve.torch_engine import load_engine
+        config = args.watermark
+        key = watermark_key(config) if config.enabled else 0  # what is missing is said before anything is loaded
 
-        config, self._tokenizer = args.watermark, models.load_tokenizer(args.model)
+        from alpaca_ray.safety.watermark import Watermark, vocab_size  # torch: only where the engine runs
+
+        self._weights, self._tokenizer = args.model, models.load_tokenizer(args.model)
         self._watermark = (
             Watermark(
-                watermark_key(config),
+                key,
                 config.gamma,
                 config.delta,
                 vocab_size=vocab_size(args.model),
@@ -99,12 +126,16 @@ class EngineReplica:
             if config.enabled
             else None
         )
-        engine = load_engine(args, marks=self._watermark.bias if self._watermark else None)
-        self._model = TokenizedModel(engine, self._tokenizer, args.prompt_format)
+        engine = engine_for(args, self._watermark)
+        metered = MeteredEngine(engine, engine.stats, is_marked=config.enabled)
+        self._model = TokenizedModel(metered, self._tokenizer, args.prompt_format)
+        self._reporting = asyncio.get_running_loop().create_task(metered.report())  # the loop forgets it otherwise
 
-    async def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
-        """See `TextModel`."""
-        async with aclosing(self._model.complete(request)) as deltas:
+    async def complete(self, request: TextRequest, weights: str | None = None) -> AsyncGenerator[TextDelta, None]:
+        """See `TextModel`. `weights`: which a request that is begun was begun with; EngineError if they are others."""
+        if request.emitted and weights not in (None, self._weights):
+            raise EngineError("the model was exchanged, and this text was begun by the one before it")
+        async with aclosing(coalesced(self._model.complete(request))) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -124,6 +155,21 @@ class EngineReplica:
         await self._model.health()
 
 
+def engine_for(args: ServeArgs, watermark: "Watermark | None") -> "TorchEngine | VllmEngine":
+    """vLLM marks in a process of its own, which reads the key again. Raises UserError where vLLM is not installed."""
+    if args.engine == "torch":
+        from alpaca_ray.serve import torch_engine
+
+        if watermark is not None:  # beside the loading of the weights: else the first answers would be slower by it
+            threading.Thread(target=watermark.warm, name="watermark-lists", daemon=True).start()
+        return torch_engine.load_engine(args, marks=watermark.bias if watermark else None)
+    if importlib.util.find_spec("vllm") is None:
+        raise UserError("engine: vllm needs vLLM on the nodes of the engine: pip install 'alpaca-ray[vllm]' there")
+    from alpaca_ray.serve import vllm_engine
+
+    return vllm_engine.load_engine(args)
+
+
 def watermark_key(config: WatermarkConfig) -> int:
     """Raises UserError if there is none, or one that others know."""
     key_file = Path(config.key_file) if config.key_file else None
@@ -133,13 +179,14 @@ def watermark_key(config: WatermarkConfig) -> int:
 class RemoteModel:
     """A TextModel behind a handle; errors come back as what they were in the replica."""
 
-    def __init__(self, handle: DeploymentHandle[Any]) -> None:
-        self._handle = handle
+    def __init__(self, handle: DeploymentHandle[Any], args: ServeArgs) -> None:
+        self._handle, self._weights = handle, args.model
+        self._may_sleep = args.autoscaling is not None and args.autoscaling.min_replicas == 0
 
     async def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
-        """See `TextModel`."""
+        """See `TextModel`. Waits for a replica where there is none."""
         remote: Any = self._handle.options(stream=True).complete
-        deltas: DeploymentResponseGenerator[TextDelta] = remote.remote(request)
+        deltas: DeploymentResponseGenerator[TextDelta] = remote.remote(request, self._weights)
         try:
             async for delta in deltas:
                 yield delta
@@ -149,20 +196,36 @@ class RemoteModel:
             deltas.cancel()  # type: ignore[no-untyped-call]  # Ray's; nothing happens where it is done
 
     async def health(self) -> Health:
-        """See `TextModel`."""
+        """See `TextModel`. A probe wakes nobody: where there is no replica, and need be none, it says so."""
         try:
-            state: Health = await self._handle.health.remote()
-        except RayError as error:
-            raise original(error) from error
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                if self._may_sleep and not await asyncio.to_thread(num_running, EngineReplica.__name__):
+                    return Health(num_running=0, num_waiting=0, is_asleep=True)
+                state: Health = await retried(lambda: self._ask(self._handle.health), MAX_ATTEMPTS)
+        except TimeoutError:
+            raise EngineError(f"no engine replica answered in {READY_TIMEOUT_S:.0f} s: try again") from None
         return state
 
     async def detect(self, text: str | tuple[int, ...]) -> Detection:
-        """See `EngineReplica`."""
+        """See `EngineReplica`. Waits for a replica where there is none."""
+        found: Detection = await retried(lambda: self._ask(self._handle.detect, text), MAX_ATTEMPTS)
+        return found
+
+    async def _ask(self, method: Any, *args: Any) -> Any:
+        response = method.remote(*args)
         try:
-            found: Detection = await self._handle.detect.remote(text)
+            return await response
         except RayError as error:
             raise original(error) from error
-        return found
+        finally:
+            response.cancel()  # nothing happens where it is done
+
+
+def num_running(deployment: str) -> int:
+    """Replicas of a deployment of this application that Serve counts as running; asked of its controller."""
+    application = serve.status().applications[serve.get_replica_context().app_name]
+    states = application.deployments[deployment].replica_states
+    return sum(number for state, number in states.items() if state == "RUNNING")
 
 
 def original(error: RayError) -> Exception:
@@ -177,20 +240,23 @@ class Ingress:
 
     def __init__(self, engine: DeploymentHandle[Any], args: ServeArgs) -> None:
         access_log.start(sys.stdout)
-        remote, monitor = RemoteModel(engine), Monitor()
-        judged = ModeratedModel(
-            Resuming(lambda: remote, MAX_ATTEMPTS), moderator(args.moderation), record=monitor.verdict
-        )
+        keys = load_keys(args.admission, os.environ)
+        refuse_exposure(has_keys=keys.given)
+        remote, monitor = RemoteModel(engine, args), Monitor()
+        resuming = Resuming(lambda: remote, MAX_ATTEMPTS, record=monitor.resumed)
+        judges = moderator(args.moderation)
+        judged = ModeratedModel(resuming, judges, record=monitor.verdict)
         api = create_api(judged, served_name(args), detector=remote.detect if args.watermark.enabled else None)
         self._app = Admission(
             api,
-            load_keys(args.admission, os.environ),
+            keys,
             args.admission,
             max_in_flight=max_in_flight(args),
             max_length=args.max_length,
             adds_request_id=False,  # Serve's proxy does
             record=monitor.access,
         )
+        self._reporting = asyncio.get_running_loop().create_task(monitor.report(self._app.stats, judges.stats))
 
     def __serve_build_asgi_app__(self) -> Admission:
         """Serve asks for the application after the constructor, when the handle is known."""

@@ -65,7 +65,7 @@ class Hold:
             released.append(delta)
         if self.shown < end:
             released.append(self._split(end))
-        return _joined(released) if released else None
+        return joined(released) if released else None
 
     def _find_ends(self) -> None:
         start = self._ends[-1] if self._ends else self.shown
@@ -85,7 +85,8 @@ class Hold:
         return TextDelta(delta.text[:cut], delta.num_prompt_tokens, 0)
 
 
-def _joined(deltas: Sequence[TextDelta]) -> TextDelta:
+def joined(deltas: Sequence[TextDelta]) -> TextDelta:
+    """What they say together, as one."""
     return TextDelta(
         text="".join(delta.text for delta in deltas),
         num_prompt_tokens=deltas[-1].num_prompt_tokens,

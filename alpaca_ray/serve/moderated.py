@@ -49,6 +49,8 @@ class ModeratedModel:
     """`model` behind `moderator`. It has to see the whole text, so it goes around a model that resumes, never inside.
 
     The model goes on while a sentence is judged. Each stream has one judgement out at a time, with all that is new.
+    Not judged: the likeliest other tokens in `logprobs`, single ones beside text that has passed; and a plain prompt
+    together with what goes on behind it, each is judged alone.
     """
 
     def __init__(

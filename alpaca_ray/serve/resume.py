@@ -1,22 +1,31 @@
 """A completion that outlives the model that gives it: another one goes on behind what was already sent."""
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import replace
+from typing import TypeVar
 
 from alpaca_ray.serve.engine import EngineError, Health
 from alpaca_ray.serve.text import TextDelta, TextModel, TextRequest
+
+Answer = TypeVar("Answer")
+
+
+def _record_nothing() -> None:
+    pass
 
 
 class Resuming:
     """A TextModel over models that may die. `models()` is asked for one at every attempt.
 
-    A request is tried `max_attempts` times in all, progress or not: one that kills what answers it must not go on to
-    kill the next for ever.
+    `record` hears of each attempt after the first. There are `max_attempts` in all, progress or not: a request that
+    kills what answers it must not go on to kill the next for ever.
     """
 
-    def __init__(self, models: Callable[[], TextModel], max_attempts: int) -> None:
-        self._models, self._max_attempts = models, max_attempts
+    def __init__(
+        self, models: Callable[[], TextModel], max_attempts: int, record: Callable[[], None] = _record_nothing
+    ) -> None:
+        self._models, self._max_attempts, self._record = models, max_attempts, record
 
     async def complete(self, request: TextRequest) -> AsyncGenerator[TextDelta, None]:
         """See `TextModel`. EngineError: the last attempt failed too."""
@@ -33,10 +42,21 @@ class Resuming:
             except EngineError:
                 if attempt == self._max_attempts:
                     raise
+                self._record()
 
     async def health(self) -> Health:
         """See `TextModel`."""
         return await self._models().health()
+
+
+async def retried(ask: Callable[[], Awaitable[Answer]], max_attempts: int) -> Answer:
+    """The answer to a question that models may die on. EngineError: the last attempt failed too."""
+    for _ in range(max_attempts - 1):
+        try:
+            return await ask()
+        except EngineError:
+            continue
+    return await ask()
 
 
 class _Sent:

@@ -1,5 +1,6 @@
 """One request on its way through serve/admission.py."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from starlette._utils import get_route_path  # the router's own: another one's idea of a path would open doors
@@ -34,11 +35,12 @@ class Ticket:
 class Visit:
     """One request on its way through, and what is known of it so far."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str, began_s: float) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, request_id: str, clock: Callable[[], float]) -> None:
         self.scope, self.receive, self._send = scope, receive, send
         self.headers = Headers(scope=scope)
         self.route = get_route_path(scope)
-        self.request_id, self._began_s = request_id, began_s
+        self.request_id, self._clock, self._began_s = request_id, clock, clock()
+        self._first_event_s: float | None = None
         self.key: Key | None = None
         self.charge: Charge | None = None
         self.ticket: Ticket | None = None
@@ -67,6 +69,8 @@ class Visit:
             message = {**message, "headers": headers.raw}
         elif message["type"] == "http.response.body":
             self._is_done = not message.get("more_body", False)
+            if self._is_event_stream and self._first_event_s is None:
+                self._first_event_s = self._clock() - self._began_s
         await self._send(message)
 
     async def answer(self, refusal: Refusal) -> None:
@@ -78,7 +82,7 @@ class Visit:
         elif self._is_event_stream and not self._is_done:
             await self.send({"type": "http.response.body", "body": b"data: " + refusal.body() + b"\n\n"})
 
-    def access(self, now_s: float) -> Access:
+    def access(self) -> Access:
         """For the log."""
         return Access(
             request_id=self.request_id,
@@ -86,7 +90,8 @@ class Visit:
             method=method_name(self.scope["method"]),
             route=route_name(self.route),
             status=CLIENT_LEFT if self.status is None else self.status,
-            duration_s=now_s - self._began_s,
+            duration_s=self._clock() - self._began_s,
+            first_event_s=self._first_event_s,
             refusal=self.reason,
             num_tokens=None if self.ticket is None else self.ticket.num_tokens,
             prompt=self.prompt,

@@ -572,6 +572,22 @@ def test_a_stream_goes_through_piece_by_piece_and_one_that_takes_too_long_ends_w
     run(drill())
 
 
+def test_the_time_to_the_first_event_is_that_of_a_streams_first_words() -> None:
+    clock, accesses = Clock(), list[Access]()
+
+    async def stream(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/event-stream")]})
+        for seconds in (2.0, 3.0):
+            clock.now_s += seconds
+            await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
+        await send({"type": "http.response.body"})
+
+    run(ask(door(stream, accesses=accesses, clock=clock), headers=bearer(GENERATE.secret)))
+    run(ask(door(App(), accesses=accesses, clock=clock), headers=bearer(GENERATE.secret)))
+
+    assert [(access.first_event_s, access.duration_s) for access in accesses] == [(2.0, 5.0), (None, 0.0)]
+
+
 def test_an_error_of_the_api_goes_through_and_frees_the_place() -> None:
     async def fail(_: Scope) -> None:
         raise TimeoutError("of the API's own")

@@ -1,6 +1,14 @@
-"""Bodies of every kind: each gets an answer or a refusal in OpenAI's form, none a 5xx, none its own words back."""
+"""Bodies of every kind, at the door and through it: each gets an answer or a refusal in OpenAI's form, none a 5xx,
+none its own words back; nothing of them is in a log.
 
+`benchmarks/serve_load.py --requests 10000` is the long form.
+"""
+
+import io
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +26,13 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from alpaca_ray.config import AdmissionConfig
 from alpaca_ray.models import load_tokenizer
 from alpaca_ray.safety.detection import Detection, detection
+from alpaca_ray.serve.access_log import Access
+from alpaca_ray.serve.admission import Admission
 from alpaca_ray.serve.api import create_api
+from alpaca_ray.serve.keys import Keys, make_key, parse_keys
 from alpaca_ray.serve.protocol import ChatCompletionRequest, CompletionRequest, DetectRequest
 from alpaca_ray.serve.text import TokenizedModel
 from tests.scripted import ScriptedEngine
@@ -28,23 +40,79 @@ from tests.serving import CHAT_TEMPLATE
 
 Mode = schemathesis.GenerationMode
 CANARY = "sk-canary 7"
+KEY = make_key("fuzz", ["generate", "detect"], random_bytes=lambda count: b"canary".ljust(count, b"."))
 
 
 async def detector(content: str | tuple[int, ...]) -> Detection:
     return detection(0, len(content), gamma=0.25, delta=2.0)
 
 
-@pytest.fixture(scope="module")
-def api(tiny_model: Path) -> FastAPI:
-    tokenizer = load_tokenizer(str(tiny_model))
+def create_scripted_api(directory: Path) -> FastAPI:
+    """Over an engine without a model, and the tokenizer of that directory."""
+    tokenizer = load_tokenizer(str(directory))
     tokenizer.chat_template = CHAT_TEMPLATE
     model = TokenizedModel(ScriptedEngine(max_length=64), tokenizer)
     return create_api(model, "tiny", created_s=7, detector=detector)
 
 
+class Door:
+    """The API behind admission, as it is served, and all that it logs."""
+
+    def __init__(self, api: FastAPI) -> None:
+        admission = Admission(
+            api,
+            Keys(None, parse_keys(KEY.line, "here")),
+            AdmissionConfig(),
+            max_in_flight=2,
+            max_length=64,
+            record=self._record,
+        )
+        headers = {"Authorization": f"Bearer {KEY.secret}", "Content-Type": "application/json"}
+        self._client = TestClient(admission, raise_server_exceptions=False, headers=headers)
+        self._log = io.StringIO()
+
+    def post(self, path: str, content: str | bytes) -> int:
+        """The status of what is an answer, or a refusal as it should be."""
+        response = self._client.post(path, content=content)
+        status: int = response.status_code
+        assert status in (200, 400, 404, 405, 413)
+        if status >= 400:
+            error = response.json()["error"]
+            assert (set(error), error["type"]) == ({"message", "type", "param", "code"}, "invalid_request_error")
+        refusals = [line for line in response.text.splitlines() if '"error"' in line]
+        told = repr(response.headers) + "".join(refusals) + self._log.getvalue()
+        assert "canary" not in told.lower()
+        assert KEY.secret not in told
+        assert '"server_error"' not in response.text
+        self._log.truncate(0)
+        return status
+
+    @contextmanager
+    def listening(self) -> Iterator["Door"]:
+        """While every logger's lines are read."""
+        handler, root = logging.StreamHandler(self._log), logging.getLogger()
+        level = root.level
+        root.addHandler(handler)
+        root.setLevel(logging.DEBUG)
+        try:
+            yield self
+        finally:
+            root.removeHandler(handler)
+            root.setLevel(level)
+
+    def _record(self, access: Access) -> None:
+        self._log.write(repr(access))
+
+
 @pytest.fixture(scope="module")
-def client(api: FastAPI) -> TestClient:
-    return TestClient(api, raise_server_exceptions=False)
+def api(tiny_model: Path) -> FastAPI:
+    return create_scripted_api(tiny_model)
+
+
+@pytest.fixture
+def door(api: FastAPI) -> Iterator[Door]:
+    with Door(api).listening() as door:
+        yield door
 
 
 TEXTS = st.one_of(st.text(max_size=8), st.just(CANARY), st.sampled_from(["\ud800", "\x00", "tiny", "user", "</s>"]))
@@ -77,30 +145,17 @@ REQUESTS = PATHS.flatmap(
 )
 
 
-def check(response: Any) -> None:
-    status = response.status_code
-    assert status in (200, 400, 404, 405)
-    if status >= 400:
-        error = response.json()["error"]
-        assert (set(error), error["type"]) == ({"message", "type", "param", "code"}, "invalid_request_error")
-        assert "canary" not in response.text
-    assert '"server_error"' not in response.text
-
-
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=REQUESTS)
-def test_no_body_is_a_server_error(client: TestClient, asked: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
+def test_no_body_is_a_server_error(door: Door, asked: tuple[str, dict[str, Any], dict[str, Any]]) -> None:
     path, required, others = asked
-    content = json.dumps(required | others)
-    response = client.post(path, content=content, headers={"content-type": "application/json"})
-    check(response)
+    assert door.post(path, json.dumps(required | others)) < 500
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(path=PATHS, content=st.one_of(st.binary(max_size=20), st.sampled_from([b"[" * 100_000, b"1" * 5000, b'"'])))
-def test_no_bytes_are_a_server_error(client: TestClient, path: str, content: bytes) -> None:
-    response = client.post(path, content=content, headers={"content-type": "application/json"})
-    check(response)
+def test_no_bytes_are_a_server_error(door: Door, path: str, content: bytes) -> None:
+    assert door.post(path, content) < 500
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ applications:
       model: embedded:smollm2-135m
       dtype: float32
       max_length: 2048
+      autoscaling: {min_replicas: 1, max_replicas: 3}
       admission:
         max_waiting: 4
       placement:
@@ -94,6 +95,8 @@ MISTAKES = [
     ("      model: ", "      modle: ", f"{ARGS}.modle", "did you mean 'model'"),
     ("dtype: float32", "dtype: float16", f"{ARGS}.dtype", "'float32'"),
     ("max_length: 2048", "max_length: 0", f"{ARGS}.max_length", "greater than 0"),
+    ("min_replicas: 1, ", "min_replica: 1, ", f"{ARGS}.autoscaling.min_replica", "did you mean 'min_replicas'"),
+    ("min_replicas: 1", "min_replicas: 4", f"{ARGS}.autoscaling", "max_replicas (3)"),
     ("max_waiting: 4", "max_wating: 4", f"{ARGS}.admission.max_wating", "did you mean 'max_waiting'"),
     ("max_waiting: 4", "max_waiting: -1", f"{ARGS}.admission.max_waiting", "greater than or equal to 0"),
     ("max_waiting: 4", "key_file: keys", f"{ARGS}.admission.key_file", "absolute path"),
@@ -161,6 +164,11 @@ def test_each_mistake_is_found_on_its_line(right: str, wrong: str, named: str, m
     assert str(about[0]).startswith(f"{differing[0]}: {named}: ")
     # Else only what a misspelt name leaves undone: its field is missing, the default host is in force.
     assert all(p.message == "missing" or "no API keys" in p.message for p in found if p != about[0])
+
+
+def test_replicas_are_counted_once() -> None:
+    text = FULL.replace("max_replicas: 3}", "max_replicas: 3}\n      num_replicas: 2")
+    assert [(problem.field, "not both" in problem.message) for problem in lint(text, {})] == [(ARGS, True)]
 
 
 def test_all_mistakes_are_listed_at_once() -> None:

@@ -1,0 +1,42 @@
+"""Engine replicas killed under the streams of clients.
+
+`benchmarks/serve_kills.py` makes more of it; this is its short form, in a process of its own: the driver of a cluster
+that no other test of this process may find.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 900
+
+Rows = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def rows() -> Rows:
+    command = [sys.executable, "-m", "benchmarks.serve_kills", "--quick", "--parts", "kills"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert ran.stdout, ran.stderr[-5000:]
+    return {row["name"]: row for row in json.loads(ran.stdout.splitlines()[-1])["rows"]}
+
+
+def test_streams_outlive_the_engine_that_gives_them(rows: Rows) -> None:
+    assert rows["kills_of_engines"]["ours"] == 1
+    assert rows["streams_complete"]["ours"] == 8
+    assert rows["greedy_streams_identical"]["ours"] == 4
+    assert rows["seeded_streams_identical"]["ours"] == 4
+
+
+def test_the_mark_holds_through_a_resume(rows: Rows) -> None:
+    # The same tokens as of an undisturbed stream, that test says; and the detector finds the mark on it.
+    assert rows["resumed_streams_marked"]["ours"] == ["marked", "marked"]
