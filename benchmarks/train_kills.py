@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -162,6 +163,7 @@ def kill_steps(directory: Path, cluster: Nodes, kills: int, seed: int) -> StepOu
     steps = sorted(rng.sample(range(1, num_steps), kills))
     # every other kill waits a little, for the writing of a checkpoint that the step began
     hits = [(step, rng.randrange(2), rng.uniform(0.01, 0.2) if i % 2 else 0.0) for i, step in enumerate(steps)]
+    _encode_alike(whole, directory / "killed/r", directory / "one/r")
     driver = start(directory / "killed", cluster, model, **plan, kills=hits)
     killed = _to_the_end(driver)
     one = _on_one_worker(directory / "one", cluster, model, plan, steps[len(steps) // 2])
@@ -175,6 +177,15 @@ def kill_steps(directory: Path, cluster: Nodes, kills: int, seed: int) -> StepOu
         other_size_weights=_largest_difference(one, whole),
         recovery_s=[round(s, 1) for s in recoveries(driver)],
     )
+
+
+def _encode_alike(whole: RunDirectory, *others: Path) -> None:
+    """Give other runs the dataset as this one has encoded it, which takes a run longer than some steps."""
+    for other in others:
+        shutil.copytree(whole.path("generate"), other / "generate")
+        (other / "train").mkdir()
+        for table in Path(whole.path("train")).glob("*.parquet"):
+            shutil.copy(table, other / "train")
 
 
 def _on_one_worker(directory: Path, cluster: Nodes, model: Path, plan: dict[str, Any], step: int) -> RunDirectory:
@@ -237,9 +248,12 @@ class NodeOutcome:
 def lose_nodes(directory: Path, cluster: Nodes, *, is_taken: bool = True) -> NodeOutcome:
     """One run on two nodes, of which one is lost, comes back, gets notice from its cloud, and then is taken."""
     model = write_tiny_model(directory / "model")
+    # At 2 s a step, 8 epochs of 13 steps last for all that happens here, and are soon done when they may hurry.
     driver = start(
-        directory / "run", cluster, model, num_examples=60, pace_s=1.0, grow_every_s=5.0,
-        overrides=RARE | {"num_workers": "[2,4]", "num_epochs": 40, "max_failures": 10},
+        directory / "run", cluster, model, num_examples=60, pace_s=2.0, grow_every_s=5.0,
+        overrides=RARE | {
+            "num_workers": "[2,4]", "num_epochs": 8, "max_failures": 10, "evaluate_every_steps": 1000,
+        },
     )  # fmt: skip
     with running(driver):
         wait_for_size(driver, 4, 0.0)

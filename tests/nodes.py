@@ -15,7 +15,8 @@ import psutil
 
 from alpaca_ray.cluster.local import free_ports
 
-START_S, STOP_S = 90.0, 20.0
+STOP_S = 20.0
+NUM_TRIES = 3  # `ray start` gives up on its own node after 30 s, which on a busy machine are soon over
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -37,10 +38,18 @@ class Nodes:
             "--head", f"--port={self._gcs_port}", f"--num-cpus={self._head_cpus}", f"--temp-dir={self._temp}/r",
             f"--ray-client-server-port={self._client_port}", "--include-dashboard=false",
         )  # fmt: skip
-        self.node = self._start_node()
+        try:
+            self.node = self._start_node()
+        except RuntimeError:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End both nodes and all that runs on them."""
         for process in (self.node, self.head):
             if process is not None:
                 _kill_all(process.pid)
@@ -93,18 +102,20 @@ class Nodes:
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         """`ray start`, which returns from its pipe when the node is up: it prints how to stop it."""
-        [agent_port] = free_ports(1)
-        command = [RAY, "start", "--block", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent_port}"]
-        process = subprocess.Popen(
-            [*command, *options],
-            env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
         said = ""
-        for line in _lines(process):
-            said += line
-            if "Ray runtime started" in line:
-                return process
+        for _ in range(NUM_TRIES):
+            [agent_port] = free_ports(1)
+            command = [RAY, "start", "--block", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent_port}"]
+            process = subprocess.Popen(
+                [*command, *options],
+                env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            for line in _lines(process):
+                said += line
+                if "Ray runtime started" in line:
+                    return process
+            process.wait()
         raise RuntimeError(f"the node did not start: {' '.join([*command, *options])}\n{said[-2000:]}")
 
 

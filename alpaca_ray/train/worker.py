@@ -108,7 +108,7 @@ class Rounds:
             self._add(self._rows, step, loss)
         self._stall_s = self._training.read_s = 0.0
         self._job.on_step(step)
-        if self._notices.ask(step):
+        if self._notices.ask(step.step):
             log.warning("a node is about to go: checkpoint at step %d", step.step)
             self.checkpoint()
             self.wait()
@@ -216,20 +216,28 @@ class Notices:
     """Asks now and then whether a node of the group is about to be taken away."""
 
     def __init__(self) -> None:
-        self._next_step = 1
+        self._next_step = 0
+        self._asked: tuple[int, float] | None = None  # (step, when), the last time
         self._seen: Any = None
 
-    def ask(self, step: StepMetrics) -> bool:
+    def ask(self, step: int) -> bool:
         """True once for each notice, on all ranks after the same step. Collective."""
-        if step.step < self._next_step:
+        if step < self._next_step:
             return False
         info = ray.train.get_preemption_info()
-        # Rank 0's clock decides for all: each rank measures another step time.
-        pause: int = broadcast_from_rank_zero(max(1, int(NOTICES_EVERY_S / step.step_time_s)))
-        self._next_step = step.step + pause
+        # Rank 0's clock decides for all: each rank measures another time.
+        pause: int = broadcast_from_rank_zero(self._pause(step, time.monotonic()))
+        self._next_step = step + pause
         is_new = info is not None and info != self._seen
         self._seen = info
         return is_new
+
+    def _pause(self, step: int, now_s: float) -> int:
+        """Steps until the next time, by the pace since the last: data, evaluation and checkpoints take time too."""
+        last, self._asked = self._asked, (step, now_s)
+        if last is None:
+            return 1
+        return max(1, int(NOTICES_EVERY_S * (step - last[0]) / (now_s - last[1])))
 
 
 def _build(config: TrainConfig, mean_length: float) -> tuple[Strategy, float]:

@@ -64,7 +64,7 @@ RUNS = {
         Run("adamw", packing=False, micro_batch_size=3),
         Run("adamw", compute_dtype="bfloat16"),
     ],
-    4: [Run("sgd", micro_batch_size=1), Run("adamw", micro_batch_size=1)],
+    4: [Run("sgd", micro_batch_size=1), Run("adamw")],
 }
 
 

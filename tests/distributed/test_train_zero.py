@@ -156,11 +156,6 @@ def resume_all(directory: Path, out: Path) -> dict[str, Outcome]:
 
 
 @pytest.fixture(scope="module")
-def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("zero")
-
-
-@pytest.fixture(scope="module")
 def trained(tiny_model: Path, out: Path) -> dict[str, Outcome]:
     outcomes: dict[str, Outcome] = on_ranks(2, train_all_ways, tiny_model, out)
     return outcomes
@@ -173,10 +168,11 @@ def resumed(tiny_model: Path, out: Path, trained: dict[str, Outcome]) -> Callabl
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_two_ranks_learn_what_fsdp_learns(trained: dict[str, Outcome], stage: int) -> None:
+@pytest.mark.parametrize(("way", "num_steps"), [("whole", NUM_STEPS), ("lora", NUM_STEPS // 2)])
+def test_two_ranks_learn_what_fsdp_learns(trained: dict[str, Outcome], way: str, num_steps: int, stage: int) -> None:
     """With weight decay on the matrices alone, so the groups of the optimizer are the same too."""
-    ours, theirs = trained[f"whole {stage}"], trained["whole fsdp"]
-    assert len(ours.losses) == NUM_STEPS
+    ours, theirs = trained[f"{way} {stage}"], trained[f"{way} fsdp"]
+    assert len(ours.losses) == num_steps
     assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
     assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=1e-6)
     assert ours.weights.keys() == theirs.weights.keys()
@@ -215,16 +211,6 @@ def test_saving_memory_changes_nothing(trained: dict[str, Outcome], way: str, st
 @pytest.mark.parametrize("name", ["fsdp", *STAGES])
 def test_activations_are_computed_again(trained: dict[str, Outcome], name: object) -> None:
     assert trained[f"recomputed {name}"].num_forwards == 2 * trained["short fsdp"].num_forwards > 0
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_adapters_learn_as_under_fsdp(trained: dict[str, Outcome], stage: int) -> None:
-    ours, theirs = trained[f"lora {stage}"], trained["lora fsdp"]
-    assert ours.losses == pytest.approx(theirs.losses, rel=1e-6)
-    assert ours.grad_norms == pytest.approx(theirs.grad_norms, rel=1e-6)
-    assert ours.weights.keys() == theirs.weights.keys()
-    for name, weight in theirs.weights.items():
-        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
