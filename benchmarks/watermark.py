@@ -226,19 +226,22 @@ def docstrings() -> Iterator[str]:
 
 
 def windows(tokenizer: Any) -> list[Window]:
-    """20,000 of text, of all four lengths in turn, none from the same place, at most one from a docstring."""
+    """20,000 of text, of all four lengths in turn, none from the same place; a docstring gives its second one when
+    each has given its first."""
     texts = [text for text in docstrings() if len(text) >= MIN_CHARACTERS]
     random.Random(0).shuffle(texts)
+    left: list[Window] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     cut: list[Window] = []
     lengths = cycle(LENGTHS)
     length = next(lengths)
-    for start in range(0, len(texts), 1000):
-        for ids in tokenizer(texts[start : start + 1000], add_special_tokens=False, verbose=False)["input_ids"]:
+    while left and len(cut) < NUM_WINDOWS:
+        behind = []
+        for ids in left:
             if len(ids) >= length:
                 cut.append(ids[:length])
+                behind.append(ids[length:])
                 length = next(lengths)
-        if len(cut) >= NUM_WINDOWS:
-            break
+        left = behind
     return cut[:NUM_WINDOWS]
 
 

@@ -679,6 +679,7 @@ def test_serves_proxy_can_be_kept_from_obeying_clients() -> None:
 @pytest.mark.parametrize(
     ("given_id", "used"),
     [("abc-123", "abc-123"), ("a b", "new-id"), ("x" * 65, "new-id"), ("", "new-id"), (GENERATE.secret, "new-id")],
+    ids=["fine", "space", "long", "empty", "key"],
 )
 def test_a_request_has_one_id_in_the_api_the_answer_and_the_log(given_id: str, used: str) -> None:
     app, accesses = App(), list[Access]()
