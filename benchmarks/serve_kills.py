@@ -25,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ import psutil
 
 from alpaca_ray.config import AdmissionConfig, AutoscalingConfig, Placement, ServeArgs, WatermarkConfig
 from alpaca_ray.serve.keys import make_key
+from tests.crowd import samples
+from tests.patience import PATIENT, start_serve
 from tests.tiny import READABLE, write_tiny_model
 
 CONTEXT = 200_000  # tokens: more than is decoded here
@@ -123,6 +126,22 @@ class Service:
         title = f"ray::ServeReplica:{self.name}:EngineReplica"
         return [p for p in psutil.process_iter(["cmdline"]) if any(title in part for part in p.info["cmdline"] or [])]
 
+    def resumes(self) -> int:
+        """How many streams went on at another engine replica, by the service's metric; waits for a first one."""
+        import ray
+
+        (node,) = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's
+        page_at = f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"
+        counts: list[float] = []
+
+        def counted() -> float:
+            with urllib.request.urlopen(page_at, timeout=30) as response:
+                counts[:] = samples(response.read().decode(), "resumes_total")
+            return sum(counts)
+
+        wait(counted, "a resumed stream in the metrics")
+        return int(sum(counts))
+
     def ready(self) -> dict[str, Any]:
         """The body of /ready. Raises openai.APIStatusError if it is not 200."""
         body: dict[str, Any] = self.client.get("/../ready", cast_to=dict[str, Any])
@@ -162,7 +181,8 @@ def service() -> Iterator[Service]:
     directory = Path(tempfile.mkdtemp(prefix="ark", dir="/tmp"))  # short: Unix sockets lie below it
     (directory / "token").write_text(secrets.token_hex(16))
     (directory / "token").chmod(0o600)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(directory / "token"), "OMP_NUM_THREADS": "1"}
+    os.environ |= PATIENT | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(directory / "token")}
+    os.environ |= {"OMP_NUM_THREADS": "1", "RAY_metrics_report_interval_ms": "1000"}
     for what in ("HANDLE", "REPLICA"):
         os.environ[f"RAY_SERVE_{what}_AUTOSCALING_METRIC_PUSH_INTERVAL_S"] = PUSH_INTERVAL_S
     import ray
@@ -171,7 +191,7 @@ def service() -> Iterator[Service]:
     try:
         ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False, _temp_dir=str(directory / "r"))
         found = Service(directory)
-        serve.start(http_options={"host": "127.0.0.1", "port": found.port})
+        start_serve(found.port)
         yield found
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
     finally:
@@ -200,8 +220,9 @@ class KillOutcome:
     same_greedy: int
     seeded: int
     same_seeded: int
-    to_next_event_s: list[float]  # of the streams that a kill stalled
+    to_next_event_s: list[float]  # of the streams that a kill stalled for longer than they wait for any event
     to_next_replica_s: list[float]
+    resumes: int
     verdicts: list[str]
 
 
@@ -227,6 +248,7 @@ def kill_engines(here: Service, kills: int, num_streams: int, max_tokens: int, s
         same_seeded=sum(sum(row[1::2]) for row in same),
         to_next_event_s=[s for s in stalls if s is not None],
         to_next_replica_s=[back_s for _, back_s in times],
+        resumes=here.resumes(),
         # Greedy texts of this model go round in circles, and the detector counts a pair of tokens once.
         verdicts=[here.verdict(h.text) for h in rounds[-1][1:4:2]],
     )
@@ -450,7 +472,7 @@ def row(name: str, ours: Any, unit: str, goal: str, holds: bool, **more: Any) ->
 
 
 def quantiles(seconds: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(seconds)
+    ordered = sorted(seconds) or [0.0]
     return {f"p{p}": round(ordered[min(len(ordered) - 1, len(ordered) * p // 100)], 2) for p in (50, 95)}
 
 
@@ -467,6 +489,7 @@ def kill_rows(here: Service, quick: bool, seed: int) -> list[dict[str, Any]]:
             found.same_seeded == found.seeded, share=found.same_seeded / found.seeded),
         row("kill_to_next_event_s", spread["p95"], "s", "<= 10", spread["p95"] <= 10, **spread,
             stalled_streams=len(found.to_next_event_s)),
+        row("streams_resumed", found.resumes, "streams", f">= {wanted}", found.resumes >= wanted),
         row("kill_to_next_replica_s", round(back, 2), "s", "<= 60", back <= 60, each=found.to_next_replica_s),
         row("resumed_streams_marked", found.verdicts, "verdicts", "marked", set(found.verdicts) == {"marked"}),
     ]  # fmt: skip
@@ -517,6 +540,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one kill under 8 streams, a shorter update")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=argparse.FileType("w"), default=sys.stdout, help="file of the JSON object")
     arguments = parser.parse_args()
     rows = []
     with service() as here:
@@ -525,7 +549,8 @@ def main() -> int:
             say(json.dumps(rows))
     machine = {"cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
     versions = {name: importlib.metadata.version(name) for name in ("ray", "torch", "openai")}
-    print(json.dumps({"benchmark": "serve_kills", "machine": machine, "versions": versions, "rows": rows}))
+    found = {"benchmark": "serve_kills", "machine": machine, "versions": versions, "rows": rows}
+    print(json.dumps(found), file=arguments.out, flush=True)
     return 0 if all(row["holds"] for row in rows) else 1
 
 

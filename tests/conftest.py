@@ -8,6 +8,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.patience import PATIENT
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -17,7 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     home = Path(tempfile.mkdtemp(prefix="ar", dir="/tmp"))
     (home / "token").write_text("test-" * 8)
     (home / "token").chmod(0o600)
-    os.environ |= {
+    os.environ |= PATIENT | {
         "ALPACA_RAY_TEST_HOME": str(home),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(home / "token"),

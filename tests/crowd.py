@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from alpaca_ray.cluster import local
 from alpaca_ray.config import ServeArgs
 from alpaca_ray.serve.keys import NewKey, make_key
+from tests.patience import PATIENT
 
 START_TIMEOUT_S, DEPLOY_TIMEOUT_S = 300.0, 300.0  # a busy machine fails no test
 POLL_S = 0.1
@@ -97,13 +98,8 @@ def service(directory: Path, environment: Mapping[str, str], num_cpus: int, host
     (directory / "watermark_key").write_text(str(WATERMARK_KEY))
     ours = {
         "RAY_metrics_report_interval_ms": "1000",  # Ray's shortest; 10 s else
-        # Ray gives up sooner than a busy machine needs: a proxy would be killed after 5 s.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
-        "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "300",
-        "RAY_DASHBOARD_SUBPROCESS_MODULE_WAIT_READY_TIMEOUT": "300",
-        "RAY_gcs_server_request_timeout_seconds": "120",
     }
-    cluster = local.start(directory, num_cpus, ours | dict(environment), START_TIMEOUT_S)
+    cluster = local.start(directory, num_cpus, PATIENT | ours | dict(environment), START_TIMEOUT_S)
     try:
         yield Service(cluster, directory, key, host)
     finally:

@@ -180,6 +180,8 @@ def _environment(directory: Path) -> dict[str, str]:
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(DRAIN_TIMEOUT_S),
         # Serve's proxies drop the headers by which any client could steer them.
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "alpaca_ray.serve.request_headers:proxy_middlewares",
+        # A proxy that a busy laptop has not ready in 5 s would be killed and begun again, without end.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
         # Entrypoints say `python`: the one of this environment.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

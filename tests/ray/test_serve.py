@@ -19,6 +19,7 @@ from ray.serve.schema import HTTPOptionsSchema, LoggingConfig, ServeApplicationS
 from alpaca_ray.config import AdmissionConfig, Placement, ServeArgs, UserError, WatermarkConfig
 from alpaca_ray.serve.app import build, served_name
 from alpaca_ray.serve.keys import make_key
+from tests.patience import start_serve
 from tests.tiny import READABLE, write_tiny_model
 
 CONFIG = Path(__file__).parents[2] / "serve_config.yaml"
@@ -52,7 +53,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[openai.OpenAI]:
         placement=Placement(num_cpus=1, label_selector=here),
     )
     port = free_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    start_serve(port)
     serve.run(build(args), name="test", route_prefix="/")
     with openai.OpenAI(api_key=key.secret, base_url=f"http://127.0.0.1:{port}/v1", max_retries=0, timeout=60) as client:
         yield client
