@@ -265,6 +265,7 @@ class ServeArgs(Strict):
     prompt_format: Literal["chat_template", "plain"] = "chat_template"
     engine: Literal["torch", "vllm"] = "torch"  # vllm: the extra of that name, for GPUs
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    quantization: Literal["int8"] | None = None  # of the linear layers, on x86 CPUs, with dtype float32
     max_length: PositiveInt = 2048  # prompt and completion together, in tokens
     max_batch_size: PositiveInt = 16
     num_replicas: PositiveInt = 1
@@ -278,6 +279,15 @@ class ServeArgs(Strict):
     def _counts_replicas_once(self) -> "ServeArgs":
         if self.autoscaling is not None and self.num_replicas != 1:
             raise ValueError("give num_replicas or autoscaling, not both: with autoscaling, num_replicas stays at 1")
+        return self
+
+    @model_validator(mode="after")
+    def _quantizes_where_it_can(self) -> "ServeArgs":
+        if self.quantization and (self.engine != "torch" or self.dtype != "float32" or self.placement.num_gpus > 0):
+            raise ValueError(
+                "quantization: int8 is for engine: torch with dtype: float32 and placement.num_gpus: 0; "
+                "vLLM serves models that were quantized before, without it"
+            )
         return self
 
     @property

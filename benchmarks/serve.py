@@ -32,7 +32,7 @@ from transformers import AutoTokenizer
 from alpaca_ray import models
 from alpaca_ray.schema import read_evaluation_tasks
 from benchmarks.serve_ceiling import Ceiling, measure_ceiling
-from benchmarks.serve_layers import LAYERS, served
+from benchmarks.serve_layers import INT8, LAYERS, served
 from benchmarks.serve_sides import (
     HttpSide,
     LineSide,
@@ -48,7 +48,7 @@ from benchmarks.serve_sides import (
 
 Row = dict[str, Any]
 PEERS_DIR = Path(__file__).parent / "peers"
-OURS = ("engine", "engine_watermark", *LAYERS)
+OURS = ("engine", "engine_watermark", *LAYERS, INT8)
 WHOLE = LAYERS[-1]
 NUM_STREAMS = 16
 PEERS = {
@@ -154,7 +154,7 @@ class Bench:
         """A peer and ours, by turns."""
         self.sides.add(name, make)
         kinds = ("16", "1", "16_sampled") if name == "vllm" else ("16", "1")
-        taken = self.turns(("engine", "serve", WHOLE, name), self.plan.peer_rounds, kinds)
+        taken = self.turns(("engine", "serve", WHOLE, INT8, name), self.plan.peer_rounds, kinds)
         self.sides.end(name)
         return taken
 
@@ -203,9 +203,11 @@ def ratios(name: str, dtype: str, taken: Taken) -> Iterator[Row]:
     for kind in [kind for of, kind in taken if of == name and (ours, kind) in taken]:
         goal, peer, mine = goals.get((name, kind)), rate(taken, name, kind), rate(taken, ours, kind)
         plain = rate(taken, bare, kind) if (bare, kind) in taken else None
+        int8 = rate(taken, INT8, kind) / peer if (INT8, kind) in taken else None
         yield {"name": f"against_{name}_{kind}", "ours": round(mine, 1), "ours_is": ours, "peer": round(peer, 1),
                "peer_name": PEERS[name], "ratio": round(mine / peer, 2),
-               "ratio_without_layers": round(plain / peer, 2) if plain else None, "peer_dtype": dtype,
+               "ratio_without_layers": round(plain / peer, 2) if plain else None,
+               "ratio_with_int8": round(int8, 2) if int8 else None, "peer_dtype": dtype,
                "unit": "tokens/s", "goal": f">= {goal:g} times" if goal else "none, for comparison",
                "holds": goal is None or mine / peer >= goal}  # fmt: skip
 

@@ -1,7 +1,7 @@
 """[RAY SERVE] The served application with its layers switched, for benchmarks/serve.py.
 
 `serve` is the engine behind Ray Serve and the API; each further name has one layer more; `admission` is the
-application itself, as alpaca_ray.serve.app builds it.
+application itself, as alpaca_ray.serve.app builds it, and `int8` is that with 8-bit weights.
 """
 
 import os
@@ -25,8 +25,9 @@ from alpaca_ray.serve.moderated import ModeratedModel
 from alpaca_ray.serve.resume import Resuming
 from benchmarks.serve_sides import ENGINE_ARGS, WATERMARK_KEY, HttpSide, Sides, free_port
 
-Layer = Literal["serve", "watermark", "moderation", "admission"]
+Layer = Literal["serve", "watermark", "moderation", "admission", "int8"]
 LAYERS: tuple[Layer, ...] = ("serve", "watermark", "moderation", "admission")
+INT8: Layer = "int8"
 MAX_ONGOING = 200
 
 
@@ -46,7 +47,7 @@ class Ingress:
 
 def application(args: ServeArgs, layer: Layer) -> serve.Application:
     """The layers up to this one. Those between the first and the last share the last one's engine replica."""
-    if layer == "admission":
+    if layer in ("admission", INT8):
         return build(args)
     engine = serve.deployment(ray_actor_options=actor_options(args.placement), max_ongoing_requests=MAX_ONGOING)
     ingress = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING)
@@ -66,7 +67,7 @@ def served(model: str, sides: Sides) -> Iterator[None]:
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             key = _secrets(Path(temp))
-            for layer in LAYERS[::-1]:
+            for layer in (*LAYERS[::-1], INT8):
                 sides.add(layer, partial(_side, model, layer, port, Path(temp), key))
             yield
         finally:
@@ -87,6 +88,7 @@ def _side(model: str, layer: Layer, port: int, directory: Path, key: str) -> Htt
     args = ServeArgs(
         model=model,
         **ENGINE_ARGS,
+        quantization="int8" if layer == INT8 else None,
         watermark=WatermarkConfig(enabled=layer != "serve", key_file=str(directory / "watermark_key")),
         admission=AdmissionConfig(key_file=str(directory / "keys.jsonl")),
     )

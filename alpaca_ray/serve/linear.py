@@ -3,6 +3,7 @@
 M rows, I width of the input, O width of the output.
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,14 +14,21 @@ from torch.nn.functional import linear
 Linear = Callable[[Tensor], Tensor]  # (M, I) -> (M, O)
 
 
-def fuse(layers: Sequence[torch.nn.Linear]) -> Linear:
-    """The layers' outputs, one beside the other."""
+def fuse(layers: Sequence[torch.nn.Linear], int8: bool = False) -> Linear:
+    """The layers' outputs, one beside the other. `int8`: by `_quantized`, which `has_int8` has to allow."""
     weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight.detach()
     biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
     bias = torch.cat(biases) if biases else None
+    if int8:
+        return _quantized(weight, bias)
     if _packs(weight):
         return _packed(weight, bias)
     return partial(linear, weight=weight, bias=bias)
+
+
+def has_int8() -> bool:
+    """Whether torch has FBGEMM here, which it has on x86."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def _packs(weight: Tensor) -> bool:
@@ -38,5 +46,29 @@ def _packed(weight: Tensor, bias: Tensor | None) -> Linear:
     def layer(rows: Tensor) -> Tensor:
         output: Tensor = multiply(rows, packed, bias, "none", [], "")
         return output
+
+    return layer
+
+
+def _quantized(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Weights in 7 bits with a scale for each output, inputs in 8 with a scale for each row (LLM.int8(), Dettmers et
+    al. 2022, section 3.1, without its outlier columns). At 16 rows 2 to 3 times as fast as float32.
+
+    7 and 8 bits, because AVX2 adds pairs of products in 16 bits: no pair overflows. FBGEMM's own scale is one for all
+    rows, so that a row's result would change with the rows beside it: here each row comes with its own taken out.
+    """
+    weight = weight.float()
+    scales = weight.abs().amax(1).clamp_min(torch.finfo(weight.dtype).tiny).double() / 63
+    with warnings.catch_warnings():  # torch means to drop its quantized tensors; FBGEMM takes weights in no other form
+        warnings.simplefilter("ignore", UserWarning)
+        eights = torch.quantize_per_channel(weight, scales, torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8)
+    torch.backends.quantized.engine = "fbgemm"
+    packed = torch.ops.quantized.linear_prepack(eights, None)
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32
+
+    def layer(rows: Tensor) -> Tensor:
+        scale = torch.linalg.vector_norm(rows, float("inf"), dim=-1, keepdim=True).clamp_min_(1e-30)
+        output: Tensor = multiply(rows / scale, 1 / 127, 128, packed).mul_(scale)
+        return output if bias is None else output.add_(bias)
 
     return layer

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from alpaca_ray.config import ServeArgs, UserError
 from alpaca_ray.serve.decoder import Chunk, Decoder, ModuleDecoder
+from alpaca_ray.serve.linear import fuse, has_int8
 from alpaca_ray.serve.llama import LlamaDecoder, supports
 from alpaca_ray.serve.torch_engine import decoder_for
 
@@ -190,3 +192,50 @@ def test_nothing_of_a_row_reaches_the_next_one_in_its_slot(make: Any) -> None:
 def test_the_cache_is_bounded_and_said() -> None:
     decoder = LlamaDecoder(llama(), num_slots=3, max_length=LENGTH)
     assert decoder.cache_bytes == 2 * 2 * 3 * LENGTH * 2 * 8 * 4  # layers, k and v, slots, tokens, heads, width, bytes
+
+
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="torch has no FBGEMM on this machine")
+
+
+@needs_int8
+@pytest.mark.parametrize("num_rows", [1, 3, 16, 70])
+def test_an_8_bit_layer_is_near_the_layer_and_a_row_is_the_same_alone(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    layers = [torch.nn.Linear(64, width, bias) for width, bias in ((40, True), (24, True))]
+    rows = torch.randn(num_rows, 64, generator=generator)
+    rows[0, 3] = 30.0  # an outlier makes its own row coarser, and no other
+    with torch.inference_mode():
+        exact = torch.cat([layer(rows) for layer in layers], dim=-1)
+        eights = fuse(layers, int8=True)
+        found = eights(rows)
+        alone = torch.cat([eights(row[None]) for row in rows])
+    assert torch.equal(found, alone)
+    off = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
+    assert off.max() < 0.15
+    assert off[1:].numel() == 0 or off[1:].max() < 0.03
+
+
+@needs_int8
+def test_an_8_bit_layer_overflows_nowhere() -> None:
+    layer = torch.nn.Linear(512, 8, bias=False)
+    torch.nn.init.ones_(layer.weight)
+    with torch.inference_mode():
+        found = fuse([layer], int8=True)(torch.tensor([[1.0], [-1.0]]).expand(2, 512).contiguous())
+    assert torch.allclose(found, torch.tensor([[512.0], [-512.0]]).expand(2, 8))
+
+
+@needs_int8
+def test_an_8_bit_layer_takes_rows_and_weights_of_zeros() -> None:
+    layer = torch.nn.Linear(32, 8)
+    torch.nn.init.zeros_(layer.weight)
+    with torch.inference_mode():
+        assert torch.equal(fuse([layer], int8=True)(torch.zeros(2, 32)), layer.bias.expand(2, 8))
+
+
+@needs_int8
+def test_int8_is_refused_where_it_would_do_nothing() -> None:
+    with pytest.raises(UserError, match="GPT2LMHeadModel: leave it out"):
+        decoder_for(gpt2(), 1, 8, int8=True)
+    for wrong in ({"dtype": "bfloat16"}, {"dtype": "float32", "engine": "vllm"}):
+        with pytest.raises(ValueError, match="quantization: int8 is for engine: torch"):
+            ServeArgs.model_validate({"model": "m", "quantization": "int8", **wrong})
