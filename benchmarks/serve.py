@@ -69,7 +69,7 @@ class Plan:
     num_tokens: int
 
 
-FULL = Plan(rounds=7, peer_rounds=3, num_tokens=128)
+FULL = Plan(rounds=4, peer_rounds=2, num_tokens=128)
 QUICK = Plan(rounds=3, peer_rounds=1, num_tokens=48)
 
 
