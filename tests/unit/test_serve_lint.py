@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from alpaca_ray.cli import main
 from alpaca_ray.serve.keys import make_key
-from alpaca_ray.serve.lint import Problem, lint
+from alpaca_ray.serve.lint import lint
+from alpaca_ray.yaml_lines import Problem
 
 SHIPPED = (Path(__file__).parents[2] / "serve_config.yaml").read_text(encoding="utf-8")
 # Every part of Ray's schema that a file of ours may use.
