@@ -65,16 +65,17 @@ def read_text(file: Path) -> str:
 def parse(text: str) -> Fields | Problem:
     """The fields of a YAML file, or why it has none."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        values = yaml.safe_load(text)
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        index = None if root is None else _Index(root)  # before the values are made, which changes merged mappings
+        values = None if root is None else loader.construct_document(root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         return Problem(1 if mark is None else mark.line + 1, "", f"not valid YAML: {error.problem}")
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         return Problem(1, "", f"not valid YAML: {error}")
-    if not isinstance(values, dict) or root is None:
+    if not isinstance(values, dict) or index is None:
         return Problem(1, "", "not a mapping of fields")
-    index = _Index(root)
     if index.loop is not None:
         return Problem(index.loop, "", "an alias of what it stands in")
     return Fields(values, index.lines, tuple(index.repeated), tuple(text.splitlines()))
@@ -201,6 +202,9 @@ class Check:
         path: Location = ()
         for part in location:
             path = (*path, part) if (*path, part) in self._fields.lines else path
+        words = message.removeprefix("Value error, ").split()
+        if kind == "value_error" and words and (*path, words[0]) in self._fields.lines:
+            path = (*path, words[0])  # a model's own check begins with the field that it is about
         missing = kind == "missing"
         self.say((*path, location[-1]) if missing else path, "missing" if missing else _first_line(message))
 

@@ -88,13 +88,20 @@ def regions() -> list[str]:
 
 def size_of(instance_type: str) -> tuple[int, int] | None:
     """vCPUs and GPUs; None for a type that is not in the table."""
-    table = yaml.safe_load((resources.files("alpaca_ray.cluster") / "aws_instances.yaml").read_text(encoding="utf-8"))
+    table = _instances()
     family, _, size = instance_type.partition(".")
     found = re.fullmatch(r"(\d*)xlarge|large", size)
     gpus = 0 if family in table["without_gpus"] else table["gpus"].get(family, {}).get(size)
     if found is None or gpus is None:
         return None
     return (2 if size == "large" else 4 * int(found[1] or 1)), gpus
+
+
+@cache
+def _instances() -> dict[str, Any]:
+    text = (resources.files("alpaca_ray.cluster") / "aws_instances.yaml").read_text(encoding="utf-8")
+    table: dict[str, Any] = yaml.safe_load(text)
+    return table
 
 
 def _of_shape(shape: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _TO_SHELL = re.compile(
 )
 _FETCH = re.compile(rf"\b(?:curl|wget)\b[^|;&]*?https?://(?!{_LOCAL})")
 _INSTALL = re.compile(
-    r"\b(?:(?:pip3?|conda|mamba|apt|apt-get|yum|dnf|npm) (?:-\S+ )*install|uv (?:pip install|sync)|git clone|docker pull)\b"
+    r"\b(?:(?:pip3?|conda|mamba|apt|apt-get|yum|dnf|npm) (?:-\S+ )*install|uv (?:pip install|sync)|git clone)\b"
 )
 _NIGHTLY = re.compile(r"ray-wheels|\bray-[\d.]+\.dev\d|\bnightly\b|install[^;&|]* --pre\b")
 _UNPINNED_RAY = re.compile(r"\binstall\b[^;&|]*\s[\"']?ray(?:\[[\w,-]*\])?+(?![\w.@/-])(?!\s*(?:==|@))")

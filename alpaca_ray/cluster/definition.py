@@ -131,7 +131,7 @@ class _Check(Check):
     def head(self) -> None:
         """No work on the head, no interruption of it, no second one."""
         kinds = dict(mappings(self.values.get(TYPES)))
-        if self.head_type is None or not kinds:
+        if not isinstance(self.head_type, str) or not kinds:
             return
         if self.head_type not in kinds:
             hint = nearest(str(self.head_type), [str(name) for name in kinds])
@@ -158,8 +158,10 @@ class _Check(Check):
             path = (TYPES, name)
             self._labels(mapping(kind, "labels"), (*path, "labels"))
             group = mapping(kind, "labels").get(GROUP)
-            if group is not None and stages.setdefault(group, name) != name:
-                self.say((*path, "labels", GROUP), f"{stages[group]} has this label too: jobs cannot tell them apart")
+            if group is not None and stages.setdefault(str(group), name) != name:
+                self.say(
+                    (*path, "labels", GROUP), f"{stages[str(group)]} has this label too: jobs cannot tell them apart"
+                )
             for resource in mapping(kind, "resources"):
                 own = {own.lower(): own for own in OWN_RESOURCES}
                 meant = own.get(str(resource).lower()) or own.get(str(resource).lower().removesuffix("s"))

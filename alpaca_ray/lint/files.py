@@ -3,9 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from alpaca_ray.cluster import aws, definition
 from alpaca_ray.config import RunConfig, nearest
@@ -60,7 +61,7 @@ def unchecked(paths: Sequence[Path]) -> str | None:
     return aws.MISSING if on_aws and not aws.has_botocore() else None
 
 
-def kind_of(values: Mapping[object, object]) -> Kind | None:
+def kind_of(values: Mapping[Any, Any]) -> Kind | None:
     """By the names at the top, misspelt ones too; None where no kind has more of them than the others."""
     names = [str(name) for name in values]
     scores = {kind: sum(2 * (n in known) or bool(nearest(n, known)) for n in names) for kind, known in NAMES.items()}
@@ -110,11 +111,12 @@ def _demands(file: File) -> list[together.Demand]:
     return [] if config is None else together.of_recipe(config)
 
 
+@cache
 def _shipped_demands(name: str) -> list[together.Demand]:
     path = resources.files("alpaca_ray") / "recipes" / f"{name}.yaml"
     fields = parse(path.read_text(encoding="utf-8"))
     return _demands(File(name, [], "recipe", fields)) if isinstance(fields, Fields) else []
 
 
-def _values(file: File) -> dict[object, object]:
+def _values(file: File) -> dict[Any, Any]:
     return {} if file.fields is None else file.fields.values

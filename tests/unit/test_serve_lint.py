@@ -97,7 +97,7 @@ MISTAKES = [
     ("dtype: float32", "dtype: float16", f"{ARGS}.dtype", "'float32'"),
     ("max_length: 2048", "max_length: 0", f"{ARGS}.max_length", "greater than 0"),
     ("min_replicas: 1, ", "min_replica: 1, ", f"{ARGS}.autoscaling.min_replica", "did you mean 'min_replicas'"),
-    ("min_replicas: 1", "min_replicas: 4", f"{ARGS}.autoscaling", "max_replicas (3)"),
+    ("min_replicas: 1", "min_replicas: 4", f"{ARGS}.autoscaling.min_replicas", "max_replicas (3)"),
     ("max_waiting: 4", "max_wating: 4", f"{ARGS}.admission.max_wating", "did you mean 'max_waiting'"),
     ("max_waiting: 4", "max_waiting: -1", f"{ARGS}.admission.max_waiting", "greater than or equal to 0"),
     ("max_waiting: 4", "key_file: keys", f"{ARGS}.admission.key_file", "absolute path"),
