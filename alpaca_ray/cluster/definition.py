@@ -4,6 +4,7 @@ Names and types are those of Ray's own schema, closed where Ray leaves it open; 
 for AWS (cluster/aws.py), commands for what they open, download or leave out (cluster/commands.py).
 """
 
+import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -97,7 +98,10 @@ class _Check(Check):
         provider = mapping(self.values, "provider")
         if isinstance(self.cloud, str) and self.cloud not in _clouds():
             self.say(("provider", "type"), f"Ray has no provider {self.cloud!r}{nearest(self.cloud, _clouds())}")
-        if self.cloud != "aws":
+        if self.cloud == "gcp":  # it reads no other than Ray's schema names
+            known = _ray_schema()["properties"]["provider"]["properties"]
+            self.only(provider, sorted({*known, *aws.ANY_CLOUD}), ("provider",))
+        if self.cloud not in ("aws", None):
             return
         self.schema(provider, aws.PROVIDER, ("provider",))
         region, zones = provider.get("region"), provider.get("availability_zone")
@@ -163,8 +167,7 @@ class _Check(Check):
                     (*path, "labels", GROUP), f"{stages[str(group)]} has this label too: jobs cannot tell them apart"
                 )
             for resource in mapping(kind, "resources"):
-                own = {own.lower(): own for own in OWN_RESOURCES}
-                meant = own.get(str(resource).lower()) or own.get(str(resource).lower().removesuffix("s"))
+                meant = _own_resource(str(resource))
                 if meant is not None and meant != resource:
                     self.say((*path, "resources", resource), f"to Ray this is not {meant}; did you mean {meant!r}?")
             if self.cloud == "aws" and isinstance(kind.get("node_config"), dict):
@@ -273,6 +276,13 @@ def _clouds() -> list[str]:
     from ray.autoscaler._private.providers import _NODE_PROVIDERS
 
     return list(_NODE_PROVIDERS)
+
+
+def _own_resource(name: str) -> str | None:
+    """Which of Ray's own resources a name means, by its letters; a name with digits is somebody's own."""
+    own = {resource.lower(): resource for resource in OWN_RESOURCES}
+    near = difflib.get_close_matches(name.lower(), list(own), n=1, cutoff=0.8)
+    return own[near[0]] if near and name.replace("_", "").isalpha() else None
 
 
 def _count(value: Any, otherwise: Any) -> Any:

@@ -13,6 +13,7 @@ from alpaca_ray.cluster import aws, definition
 from alpaca_ray.lint import recipes, together
 from alpaca_ray.lint.files import default_files, kind_of, lint_texts
 from alpaca_ray.lint.secrets import secrets
+from alpaca_ray.serve import lint as serve_lint
 from alpaca_ray.settings import recipe_names
 from alpaca_ray.yaml_lines import Fields
 from tests.lint_seeds import ROOT, SHIPPED
@@ -232,3 +233,35 @@ def test_no_value_anywhere_makes_it_fail() -> None:
     for values in everywhere(SERVE):
         list(together.unmet(together.of_serve(values), groups, "cluster.yaml"))
         list(secrets(values))
+
+
+# Names that are the user's to choose: types of nodes, labels, custom resources, mounts.
+CHOSEN = ("available_node_types.", "labels.", "file_mounts.", "label_selector.")
+
+
+def is_chosen(path: tuple[Any, ...]) -> bool:
+    above = ".".join(map(str, path[:-1])) + "."
+    return above.endswith(CHOSEN)
+
+
+@pytest.mark.parametrize("text", [CLUSTER, SERVE, RECIPE], ids=["cluster", "serve", "recipe"])
+def test_every_name_that_is_misspelt_is_found_with_the_right_one(text: str) -> None:
+    if text is CLUSTER and not aws.has_botocore():
+        pytest.skip(aws.MISSING)
+    values = yaml.safe_load(text)
+    names = [path for path in places(values) if isinstance(path[-1], str) and not is_chosen(path)]
+    assert len(names) > 30
+    for path in names:
+        changed = copy.deepcopy(values)
+        target = changed
+        for key in path[:-1]:
+            target = target[key]
+        wrong = path[-1][:-1] + path[-1][-1] * 2
+        target[wrong] = target.pop(path[-1])
+        field = ".".join(map(str, (*path[:-1], wrong)))
+        fields = Fields(changed, {(): 1}, (), ())
+        found = definition.check(fields) if text is CLUSTER else recipes.check(fields)
+        if text is SERVE:
+            found = serve_lint.check(fields, {})
+        about = [problem.message for problem in found if problem.field == field]
+        assert any(repr(path[-1]) in message for message in about), (field, about)
