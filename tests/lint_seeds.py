@@ -79,7 +79,7 @@ def _cluster() -> list[Seed]:
         seed("typo", "", "\nsetup_commands", "\nsetup_command", "setup_command", did("setup_commands")),
         seed("typo", "", "file_mounts", "file_mount", "file_mount", did("file_mounts")),
         seed("typo", "", start_worker, "worker_start_commands:", "worker_start_commands", did("worker_start_ray_commands")),
-        seed("typo", "", "rsync_exclude", "rsync_excludes", "rsync_excludes", did("rsync_exclude")),
+        seed("typo", "", "\nhead_setup_commands", "\nhead_setup_command", "head_setup_command", did("head_setup_commands")),
         seed("typo", "provider:", "region:", "regoin:", "provider.regoin", did("region")),
         seed("typo", "provider:", "cache_stopped_nodes", "cache_stoped_nodes", "provider.cache_stoped_nodes", did("cache_stopped_nodes")),
         seed("typo", "auth:", "ssh_user", "sshuser", "auth.sshuser", did("ssh_user")),
@@ -143,7 +143,7 @@ def _cluster() -> list[Seed]:
         seed("safety", "", "\nworker_setup_commands: []", "\nworker_setup_commands: ['pip install -U \"ray[default]\"']", "worker_setup_commands.0", "whatever Ray is newest"),
         seed("safety", "", "\nworker_setup_commands: []", "\nworker_setup_commands: [pip install https://s3-us-west-2.amazonaws.com/ray-wheels/latest/ray.whl]", "worker_setup_commands.0", "nightly"),
         seed("safety", start_head, "    ray start --head", "    pip install ray-extras; ray start --head", "head_start_ray_commands.1", "installs when Ray starts"),
-        seed("safety", "", "\nauth:", "\ndocker: {image: 'rayproject/ray:latest', container_name: ray}\nauth:", "docker.image", "another one tomorrow"),
+        seed("safety", train, "labels:", "docker: {worker_image: 'rayproject/ray:latest'}\n    labels:", f"{types}.train.docker.worker_image", "another one tomorrow"),
     ]  # fmt: skip
 
 
@@ -176,7 +176,7 @@ def _serve() -> list[Seed]:
         seed("contradiction", "autoscaling: null", "autoscaling: {min_replicas: 5, max_replicas: 4}", f"{args}.autoscaling.min_replicas", "max_replicas (4)"),
         seed("contradiction", "num_gpus: 0", "num_gpus: 64", f"{args}.placement.num_gpus", "a node of"),
         seed("contradiction", "dtype: float32", "dtype: float32\n      engine: vllm", f"{args}.engine", "given twice", on="engine: vllm\n"),
-        seed("contradiction", "label_selector: {}", "label_selector: {alpaca-ray.io/group: generate, alpaca-ray.io/market: spot}", f"{args}.placement.label_selector.alpaca-ray.io/market", "no group of cluster.yaml has the label"),
+        seed("contradiction", "label_selector: {}", "label_selector: {alpaca-ray.io/group: generate, example.org/zone: a}", f"{args}.placement.label_selector.example.org/zone", "no group of cluster.yaml has the label"),
         seed("safety", "host: 127.0.0.1", "host: 0.0.0.0", "http_options.host", "no API keys"),
         seed("safety", "key_env: ALPACA_RAY_WATERMARK_KEY", "key_env: 42-4242", f"{args}.watermark.key_env", "no variable's name", "        enabled:"),
         seed("safety", "    args:", f"    runtime_env: {{env_vars: {{OPENAI_API_KEY: sk-{'Ab3' * 10}}}}}\n    args:", f"{application}.runtime_env.env_vars.OPENAI_API_KEY", "in plain text"),

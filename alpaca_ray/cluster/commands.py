@@ -54,12 +54,12 @@ def setup_faults(command: str) -> Iterator[Fault]:
         yield Fault("downloads when a node starts: put it into the image", found[0].split(" ")[0])
 
 
-def start_faults(command: str, docker: bool) -> Iterator[Fault]:
-    """Of a command that starts Ray, on the head as on workers. `docker`: the container's options may set variables."""
+def start_faults(command: str, has_mode: bool) -> Iterator[Fault]:
+    """Of a command that starts Ray, on the head as on workers. `has_mode`: RAY_AUTH_MODE is set elsewhere."""
     yield from setup_faults(command)
     if found := _INSTALL.search(command):
         yield Fault("installs when Ray starts: do it in setup_commands or in the image", found[0])
-    yield from _variable_faults(command, docker)
+    yield from _variable_faults(command, has_mode)
     for option in _options(command):
         valid = ray_start_options()
         if option.partition("=")[0] not in valid:
@@ -118,7 +118,7 @@ def ray_start_options() -> Sequence[str]:
     return [name for option in start.params for name in (*option.opts, *option.secondary_opts)]
 
 
-def _variable_faults(command: str, docker: bool) -> Iterator[Fault]:
+def _variable_faults(command: str, has_mode: bool) -> Iterator[Fault]:
     given = {name: value.strip("\"'") for name, value in _ASSIGNED.findall(command)}
     for name in given:
         if name not in READ and (hint := _misspelt(name)):
@@ -126,7 +126,7 @@ def _variable_faults(command: str, docker: bool) -> Iterator[Fault]:
     mode = given.get("RAY_AUTH_MODE")
     if mode is not None and mode != "token":
         yield Fault(f"RAY_AUTH_MODE is {mode!r}; did you mean 'token'?", "RAY_AUTH_MODE")
-    elif mode is None and not docker:
+    elif mode is None and not has_mode:
         yield Fault("anyone who reaches the port may run code: RAY_AUTH_MODE=token is missing before ray start")
     callback = given.get("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", CALLBACK)
     if callback.startswith("alpaca") and callback != CALLBACK:

@@ -81,6 +81,8 @@ class _Check(Check):
         super().__init__(fields)
         self.cloud = mapping(self.values, "provider").get("type")
         self.docker = mapping(self.values, "docker")
+        # Options of `docker run` may set variables and mount files too.
+        self.options = " ".join(text for path, text in texts(self.docker) if "run_options" in str(path))
         self.head_type = self.values.get("head_node_type")
 
     def names(self) -> None:
@@ -185,7 +187,9 @@ class _Check(Check):
         )
         for name in ("head_start_ray_commands", "worker_start_ray_commands"):
             given = self.values.get(name)
-            if isinstance(given, list) and not any(commands.starts_ray(str(command)) for command in given):
+            if not isinstance(given, list) or self.cloud in ("external", "fake_multinode"):  # these start it themselves
+                continue
+            if not any(commands.starts_ray(str(command)) for command in given):
                 self.say((name,), "no command says `ray start`")
 
     def access(self) -> None:
@@ -197,16 +201,21 @@ class _Check(Check):
                 message = "missing: auth names an ssh_private_key, so each type names its key pair"
                 self.say((TYPES, name, "node_config", "KeyName"), message)
         starts = [text for name in COMMANDS for _, text in texts(self.values.get(name))]
-        has_token = any(str(target).endswith("auth_token") for target in mounts)
-        if starts and not has_token and not self.docker and not any(map(commands.brings_token, starts)):
+        has_token = any(str(target).endswith("auth_token") for target in mounts) or "AUTH_TOKEN" in self.options.upper()
+        if starts and not has_token and not any(map(commands.brings_token, starts)):
             message = (
                 "missing: each node would make a token of its own; add /home/USER/.ray/auth_token: ~/.ray/auth_token"
             )
             self.say(("file_mounts", "auth_token"), message)
+        self._images(self.docker, ("docker",))
+        for name, kind in mappings(self.values.get(TYPES)):
+            self._images(mapping(kind, "docker"), (TYPES, name, "docker"))
+
+    def _images(self, docker: Mapping[str, Any], path: Location) -> None:
         for name in ("image", "head_image", "worker_image"):
-            image = self.docker.get(name)
+            image = docker.get(name)
             if isinstance(image, str) and image and not _is_pinned(image):
-                self.say(("docker", name), f"{image} is another one tomorrow: name a release or a digest")
+                self.say((*path, name), f"{image} is another one tomorrow: name a release or a digest")
 
     def _each(self, name: str, faults: Callable[[str], Iterator[commands.Fault]]) -> None:
         given = self.values.get(name)
@@ -216,7 +225,7 @@ class _Check(Check):
 
     def _start(self, text: str, faults: Callable[[str], Iterator[commands.Fault]]) -> Iterator[commands.Fault]:
         if commands.starts_ray(text):
-            yield from commands.start_faults(text, bool(self.docker))
+            yield from commands.start_faults(text, "RAY_AUTH_MODE=token" in self.options)
             yield from faults(text)
         else:
             yield from commands.setup_faults(text)

@@ -51,17 +51,6 @@ LEGAL = {
     "spot with a price": add_type(
         "CPU: 8", f"{NODE}m6i.2xlarge, InstanceMarketOptions: {{MarketType: spot, SpotOptions: {{MaxPrice: '0.2'}}}}"
     ),
-    "docker": put(
-        CLUSTER,
-        (
-            "\nauth:",
-            "\ndocker:\n  image: registry.example.org:5000/alpaca-ray:0.1.0\n  container_name: ray\n"
-            "  run_options: [--shm-size=10g, -e RAY_AUTH_MODE=token]\n\nauth:",
-        ),
-    ),
-    "docker by digest": put(
-        CLUSTER, ("\nauth:", f"\ndocker: {{image: 'a/b@sha256:{'0' * 64}', container_name: ray}}\nauth:")
-    ),
     "keys of one's own": put(
         CLUSTER.replace("      ImageId:", "      KeyName: team\n      ImageId:"),
         ("ssh_user: ubuntu", "ssh_user: ubuntu\n  ssh_private_key: ~/.ssh/team.pem"),
@@ -77,7 +66,6 @@ LEGAL = {
             "IpRanges: [{CidrIp: 203.0.113.0/24}]}]}",
         ),
     ),
-    "idle times of groups": CLUSTER.replace("    min_workers: 0\n", "    min_workers: 0\n    idle_timeout_s: 120\n"),
     "no head limits": put(CLUSTER, ("resources: {CPU: 0}", "resources: {CPU: 0}\n    max_workers: 0")),
     "more labels": put(
         CLUSTER, ("{alpaca-ray.io/group: serve}", "{alpaca-ray.io/group: serve, example.org/team: nlp_2}")
@@ -130,10 +118,27 @@ worker_start_ray_commands: ["RAY_AUTH_MODE=token ray start --address=$RAY_HEAD_I
 
 def test_anchors_and_other_clouds_pass() -> None:
     assert lint_texts({"a": ANCHORS}, {}) == []
+    own_times = put(ANCHORS, ("idle_timeout_minutes: 5\n", ""), ("{CPU: 8}\n", "{CPU: 8}\n    idle_timeout_s: 120\n"))
+    assert lint_texts({"a": own_times}, {}) == []
     misspelt = ANCHORS.replace("    resources: {CPU: 8}\n", "    resources: {CPU: 8}\n    resource: {}\n")
     assert lint_texts({"a": misspelt}, {}) == [
         "a:15: available_node_types.generate.resource: no such field; did you mean 'resources'?"
     ]
+
+
+DOCKER = """docker:
+  image: registry.example.org:5000/alpaca-ray:0.1.0
+  head_image: a/b@sha256:{digest}
+  container_name: ray
+  run_options: [--shm-size=10g, -e RAY_AUTH_MODE=token]
+""".format(digest="0" * 64)
+
+
+def test_a_container_may_set_the_mode() -> None:
+    inside = ANCHORS.replace("RAY_AUTH_MODE=token ", "") + DOCKER
+    assert lint_texts({"a": inside}, {}) == []
+    without = lint_texts({"a": inside.replace(", -e RAY_AUTH_MODE=token", "")}, {})
+    assert [line.split(": ")[1] for line in without] == ["head_start_ray_commands.0", "worker_start_ray_commands.0"]
 
 
 PLACED = "num_gpus: 0 # 1 puts the model on a GPU\n        label_selector: {}"
