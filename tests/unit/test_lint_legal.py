@@ -240,13 +240,13 @@ def test_no_value_anywhere_makes_it_fail() -> None:
         list(secrets(values))
 
 
-# Names that are the user's to choose: types of nodes, labels, custom resources, mounts.
+# Names that are the user's to choose: types of nodes, labels, mounts, metadata.
 CHOSEN = ("available_node_types.", "labels.", "file_mounts.", "label_selector.")
 
 
 def is_chosen(path: tuple[Any, ...]) -> bool:
     above = ".".join(map(str, path[:-1])) + "."
-    return above.endswith(CHOSEN)
+    return above.endswith(CHOSEN) or above.startswith("metadata.")
 
 
 @pytest.mark.parametrize("text", [CLUSTER, SERVE, RECIPE], ids=["cluster", "serve", "recipe"])
