@@ -168,6 +168,8 @@ def _serve() -> list[Seed]:
         seed("typo", "label_selector: {}", "label_selector: {alpaca-ray.io/grup: serve}", f"{args}.placement.label_selector.alpaca-ray.io/grup", did("alpaca-ray.io/group")),
         seed("value", "HeadOnly", "HeadOny", "proxy_location", did("HeadOnly")),
         seed("value", "dtype: float32", "dtype: float3", f"{args}.dtype", did("float32"), "      engine:"),
+        seed("value", "route_prefix: /", "route_prefix: v1", f"{application}.route_prefix", did("/v1")),
+        seed("value", "embedded:smollm2-135m", "embedded:smollm-135m", f"{args}.model", did("embedded:smollm2-135m")),
         seed("value", "engine: torch", "engine: torchh", f"{args}.engine", did("torch")),
         seed("value", "[local]", "[locl]", f"{args}.moderation.backends.0", did("local")),
         seed("type", "port: 8000", "port: web", "http_options.port", "valid integer"),

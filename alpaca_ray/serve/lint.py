@@ -14,6 +14,7 @@ from ray.serve.config import AutoscalingPolicy
 from ray.serve.schema import ServeDeploySchema
 
 from alpaca_ray.config import AdmissionConfig, ServeArgs, UserError, nearest
+from alpaca_ray.models import EMBEDDED
 from alpaca_ray.serve.exposure import check_exposure
 from alpaca_ray.serve.keys import load_keys
 from alpaca_ray.yaml_lines import Check, Fields, Location, Problem, mapping, mappings, parse
@@ -55,10 +56,15 @@ class _Check(Check):
         self, values: Mapping[str, Any], application: Mapping[str, Any], path: Location, environ: Mapping[str, str]
     ) -> None:
         """What only we know of an application of ours; one without an import path is taken for one."""
-        import_path = application.get("import_path", OURS[0])
+        import_path, prefix = application.get("import_path", OURS[0]), application.get("route_prefix")
+        if isinstance(prefix, str) and not prefix.startswith("/"):  # Serve says so when it deploys
+            self.say((*path, "route_prefix"), f"a path begins with a slash; did you mean {f'/{prefix}'!r}?")
         if import_path in OURS:
             self.model(application.get("args") or {}, ServeArgs, (*path, "args"))
             self.keys(values, application, (*path, "args"), environ)
+            model = mapping(application, "args").get("model")
+            if isinstance(model, str) and model.startswith("embedded:") and model != EMBEDDED:
+                self.say((*path, "args", "model"), f"no such embedded model; did you mean {EMBEDDED!r}?")
         elif str(import_path).startswith("alpaca_ray"):
             self.say((*path, "import_path"), f"no such application{nearest(str(import_path), OURS)}")
 
