@@ -78,8 +78,8 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--base", required=True, help="the base model: a directory, a URI or a hub id")
         verb.add_argument(given, required=True, dest="source", help=f"the {what}")
         verb.add_argument("--out", required=True, help="a directory that does not exist yet")
-    lint = commands.add_parser("lint", help="every field of a serve_config.yaml; exit code 1 if one is wrong")
-    lint.add_argument("files", nargs="*", default=["serve_config.yaml"], help="(default: serve_config.yaml)")
+    lint = commands.add_parser("lint", help="every field of cluster.yaml, serve_config.yaml and recipes; exit code 1")
+    lint.add_argument("files", nargs="*", help="of any kind (default: the two here, and the recipes that ship)")
     _add_keys(commands.add_parser("keys", help="make an API key of the server"))
     _add_detect(commands.add_parser("detect", help="whether a text carries the watermark of a key"))
     return parser
@@ -190,10 +190,13 @@ def _token_ids(text: str, file: str) -> list[int]:
 
 
 def _lint(arguments: argparse.Namespace) -> int:
-    from alpaca_ray.serve.lint import lint_file
+    from alpaca_ray.lint.files import default_files, lint_files, unchecked
 
-    problems = [problem for file in arguments.files for problem in lint_file(Path(file), os.environ)]
-    print("\n".join(problems) if problems else f"{', '.join(arguments.files)}: nothing is wrong")
+    files = [Path(file) for file in arguments.files] or default_files(Path.cwd())
+    problems = lint_files(files, os.environ)
+    print("\n".join(problems) if problems else f"{', '.join(map(str, files))}: nothing is wrong")
+    if (gap := unchecked(files)) is not None:
+        print(f"note: {gap}", file=sys.stderr)
     return int(bool(problems))
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from alpaca_ray.cli import main
 from alpaca_ray.serve.keys import make_key
-from alpaca_ray.serve.lint import Problem, lint
+from alpaca_ray.serve.lint import lint
+from alpaca_ray.yaml_lines import Problem
 
 SHIPPED = (Path(__file__).parents[2] / "serve_config.yaml").read_text(encoding="utf-8")
 # Every part of Ray's schema that a file of ours may use.
@@ -96,7 +97,7 @@ MISTAKES = [
     ("dtype: float32", "dtype: float16", f"{ARGS}.dtype", "'float32'"),
     ("max_length: 2048", "max_length: 0", f"{ARGS}.max_length", "greater than 0"),
     ("min_replicas: 1, ", "min_replica: 1, ", f"{ARGS}.autoscaling.min_replica", "did you mean 'min_replicas'"),
-    ("min_replicas: 1", "min_replicas: 4", f"{ARGS}.autoscaling", "max_replicas (3)"),
+    ("min_replicas: 1", "min_replicas: 4", f"{ARGS}.autoscaling.min_replicas", "max_replicas (3)"),
     ("max_waiting: 4", "max_wating: 4", f"{ARGS}.admission.max_wating", "did you mean 'max_waiting'"),
     ("max_waiting: 4", "max_waiting: -1", f"{ARGS}.admission.max_waiting", "greater than or equal to 0"),
     ("max_waiting: 4", "key_file: keys", f"{ARGS}.admission.key_file", "absolute path"),
