@@ -1,4 +1,4 @@
-"""`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, keys; and how jobs begin and end."""
+"""`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, cluster, keys; and how jobs begin and end."""
 
 import argparse
 import json
@@ -80,9 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", required=True, help="a directory that does not exist yet")
     lint = commands.add_parser("lint", help="every field of a serve_config.yaml; exit code 1 if one is wrong")
     lint.add_argument("files", nargs="*", default=["serve_config.yaml"], help="(default: serve_config.yaml)")
+    _add_cluster(commands.add_parser("cluster", help="cluster.yaml's other forms, and whether they are valid"))
     _add_keys(commands.add_parser("keys", help="make an API key of the server"))
     _add_detect(commands.add_parser("detect", help="whether a text carries the watermark of a key"))
     return parser
+
+
+def _add_cluster(cluster: argparse.ArgumentParser) -> None:
+    from alpaca_ray.cluster.commands import add_parsers
+
+    add_parsers(cluster)
 
 
 def _add_keys(keys: argparse.ArgumentParser) -> None:
@@ -206,6 +213,12 @@ def _keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cluster(arguments: argparse.Namespace) -> int:
+    from alpaca_ray.cluster import commands
+
+    return commands.run(arguments)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "demo": _demo,
@@ -214,6 +227,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "diff": _diff,
     "detect": _detect,
     "lint": _lint,
+    "cluster": _cluster,
     "keys": _keys,
 }
 

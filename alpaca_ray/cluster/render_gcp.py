@@ -85,7 +85,5 @@ def _accelerators(machine: GcpMachine) -> dict[str, Any]:
     if machine.accelerator is None:
         return {}
     return {
-        "guestAccelerators": [
-            {"acceleratorType": machine.accelerator, "acceleratorCount": machine.num_accelerators}
-        ]
+        "guestAccelerators": [{"acceleratorType": machine.accelerator, "acceleratorCount": machine.num_accelerators}]
     }

@@ -33,7 +33,7 @@ def render_kuberay(definition: Manifest, run: RunConfig, serve_config: Manifest)
     """
     options = read_options(definition)
     name = definition["cluster_name"]
-    workers = [key for key in definition["available_node_types"] if key != definition["head_node_type"]]
+    workers = sorted(definition["available_node_types"].keys() - {definition["head_node_type"]})
     manifests = {"raycluster": _manifest("RayCluster", name, _cluster(definition, options, workers, durable=True))}
     for stage in STAGES:
         placement: Placement = getattr(run, stage).placement
@@ -41,7 +41,10 @@ def render_kuberay(definition: Manifest, run: RunConfig, serve_config: Manifest)
         spec = _job(stage, options) | {"rayClusterSpec": _cluster(definition, options, groups, durable=False)}
         manifests[f"rayjob-{stage}"] = _manifest("RayJob", f"{name}-{stage}", spec)
     server = _cluster(definition, options, [_group_of({GROUP: "serve"}, definition, "the server")], durable=True)
-    spec = {"rayClusterConfig": server, "serveConfigV2": _serve_config(serve_config, options)}
+    spec = {
+        "rayClusterConfig": server,
+        "serveConfigV2": _serve_config(serve_config, f"{options.storage_path}/{run.name}/train/model"),
+    }
     manifests["rayservice"] = _manifest("RayService", f"{name}-serve", spec)
     return manifests
 
@@ -107,7 +110,7 @@ def _head(definition: Manifest, options: RenderOptions) -> Manifest:
     # Not loopback, as on machines: KubeRay hands jobs and applications over through the head's service, and the kubelet
     # asks from outside. The service is ClusterIP, the token is asked of everyone, and there is no ingress.
     start = {"num-cpus": str(kind["resources"].get("CPU", 0)), "dashboard-host": "0.0.0.0"}
-    template = _pod("ray-head", name, kind, definition, options, "head_start_ray_commands")
+    template = _pod(name, definition, options)
     ports = [{"name": port, "containerPort": number} for port, number in PORTS.items()]
     template["spec"]["containers"][0]["ports"] = ports
     labels = kind.get("labels", {})
@@ -127,19 +130,20 @@ def _worker_group(name: str, definition: Manifest, options: RenderOptions, idle_
         "idleTimeoutSeconds": int(kind.get("idle_timeout_s", idle_s)),
         "labels": kind.get("labels", {}),
         "rayStartParams": start,
-        "template": _pod("ray-worker", name, kind, definition, options, "worker_start_ray_commands"),
+        "template": _pod(name, definition, options),
     }
 
 
-def _pod(
-    container: str, group: str, kind: Manifest, definition: Manifest, options: RenderOptions, commands: str
-) -> Manifest:
+def _pod(group: str, definition: Manifest, options: RenderOptions) -> Manifest:
+    is_head = group == definition["head_node_type"]
+    kind = definition["available_node_types"][group]
+    commands = definition["head_start_ray_commands" if is_head else "worker_start_ray_commands"]
     asked = _requests(kind, options)
     ray = {
-        "name": container,
+        "name": "ray-head" if is_head else "ray-worker",
         "image": definition["docker"]["image"],
         "imagePullPolicy": "IfNotPresent",
-        "env": _environment(definition[commands]),
+        "env": _environment(commands),
         # No limit on CPUs: what the others leave is used. Ray sizes its memory by the limit.
         "resources": {"requests": asked, "limits": {key: value for key, value in asked.items() if key != "cpu"}},
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
@@ -193,7 +197,7 @@ def _tolerations(kind: Manifest) -> list[Manifest]:
     return tolerations
 
 
-def _serve_config(shipped: Manifest, options: RenderOptions) -> str:
+def _serve_config(shipped: Manifest, model: str) -> str:
     """serve_config.yaml as a server on GPU pods: behind the service, with the recipe's model.
 
     KubeRay takes a worker without a proxy for a server that is not ready, so every node has one. It listens on all of
@@ -201,12 +205,11 @@ def _serve_config(shipped: Manifest, options: RenderOptions) -> str:
     """
     config = shipped | {"proxy_location": "EveryNode"}
     config["http_options"] = shipped.get("http_options", {}) | {"host": "0.0.0.0"}
-    config["applications"] = [_application(one, options) for one in shipped["applications"]]
+    config["applications"] = [_application(one, model) for one in shipped["applications"]]
     return yaml.safe_dump(config, sort_keys=True, width=120)
 
 
-def _application(shipped: Manifest, options: RenderOptions) -> Manifest:
+def _application(shipped: Manifest, model: str) -> Manifest:
     placement = {"num_cpus": 4, "num_gpus": 1, "label_selector": {GROUP: "serve"}}
-    model = f"{options.storage_path.rstrip('/')}/{options.recipe}/train/model"
     args = shipped["args"] | {"model": model, "dtype": "bfloat16", "placement": placement}
     return shipped | {"args": args}

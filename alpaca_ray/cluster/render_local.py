@@ -1,6 +1,6 @@
 """The local twin: the shipped groups as fake nodes of one machine, under Ray's real autoscaler.
 
-The head has to be started with RAY_FAKE_CLUSTER=1, RAY_enable_autoscaler_v2=1 and the two node ids of `head_environment`.
+The head has to be started with the variables of `head_environment`.
 """
 
 from dataclasses import dataclass
@@ -44,13 +44,17 @@ def render_local(definition: dict[str, Any], scale: LocalScale) -> dict[str, Any
     }
     kept = {key: definition[key] for key in ("cluster_name", "max_workers", "upscaling_speed") if key in definition}
     empty: dict[str, Any] = {key: [] for key in EMPTY_LISTS} | {key: {} for key in EMPTY_MAPPINGS}
-    return kept | empty | {
-        "idle_timeout_minutes": scale.idle_timeout_s / 60,
-        "provider": provider,
-        "available_node_types": types,
-        "head_node_type": HEAD_TYPE,
-        "file_mounts_sync_continuously": False,
-    }
+    return (
+        kept
+        | empty
+        | {
+            "idle_timeout_minutes": scale.idle_timeout_s / 60,
+            "provider": provider,
+            "available_node_types": types,
+            "head_node_type": HEAD_TYPE,
+            "file_mounts_sync_continuously": False,
+        }
+    )
 
 
 def head_environment() -> dict[str, str]:

@@ -4,8 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from alpaca_ray.config import ConfigError, Strict, UserError, explain
 from alpaca_ray.cluster.machine_types import MACHINES, GcpMachine
+from alpaca_ray.config import ConfigError, Strict, UserError, explain
 
 WHERE = "metadata.render"
 
@@ -26,7 +26,7 @@ class GcpOptions(Strict):
     region: str
     availability_zone: str
     source_image: str
-    machine_types: dict[str, MachineOption] = {}
+    machine_types: dict[str, MachineOption] = Field(default_factory=dict)
 
 
 class PodOption(Strict):
@@ -44,8 +44,10 @@ class KuberayOptions(Strict):
     storage_class: str | None = None  # None: the default of the Kubernetes cluster
     redis_address: str | None = None
     redis_secret: str | None = None  # a Kubernetes Secret with the key `password`
-    node_selectors: dict[str, dict[str, str]] = {}  # by group; without one: the group's own labels
-    pods: dict[str, PodOption] = {}
+    node_selectors: dict[str, dict[str, str]] = Field(
+        default_factory=dict
+    )  # by group; without one: the group's own labels
+    pods: dict[str, PodOption] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _redis_has_an_address(self) -> "KuberayOptions":
