@@ -11,7 +11,7 @@ import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from alpaca_ray import cli
+from alpaca_ray import __version__, cli
 from alpaca_ray.cluster.render import TARGETS, Sources, read_sources, render, stale_files
 from alpaca_ray.cluster.validate import read_schemas, validate
 from alpaca_ray.serve.keys import make_key
@@ -189,11 +189,20 @@ def test_a_job_has_only_the_groups_of_its_stage(sources: Sources) -> None:
 def test_the_image_is_the_same_everywhere_and_pinned(sources: Sources) -> None:
     image = sources.definition["docker"]["image"]
     version = sources.definition["metadata"]["render"]["ray_version"]
-    assert image.rpartition(":")[2] == f"0.1.0-ray{version}"
+    assert image.rpartition(":")[2] == f"{__version__}-ray{version}"
+    assert image in (ROOT / "deploy" / "Dockerfile").read_text()
     assert f"\nray=={version}" in (ROOT / "requirements.lock").read_text()
     for target in ("gcp", "kuberay"):
         for name, text in render(sources, target).items():
             assert image in text, name
+
+
+def test_the_image_copies_what_there_is_and_is_nobodys_root() -> None:
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY") for name in line.split()[2:-1]]
+    assert "requirements.lock" in copied
+    assert all((ROOT / name).exists() for name in copied)
+    assert [line for line in lines if line.startswith("USER")][-1] == "USER ubuntu"
 
 
 def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,17 @@ SCALARS: dict[str, tuple[type, ...]] = {
 GCP_DOCUMENT = Path("discovery_cache", "documents", "compute.v1.json")
 
 
+def _node_settings(definition: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """node_config by node type. Raises UserError where there is none."""
+    types = definition.get("available_node_types")
+    if not isinstance(types, dict) or not types:
+        raise UserError("available_node_types is missing: it has to name the groups")
+    without = [name for name, kind in types.items() if not isinstance((kind or {}).get("node_config"), dict)]
+    if without:
+        raise UserError(f"available_node_types.{without[0]}.node_config is missing, or no mapping")
+    return {name: kind["node_config"] for name, kind in types.items()}
+
+
 def aws_problems(definition: dict[str, Any]) -> list[str]:
     """Raises UserError where botocore is not installed."""
     try:
@@ -30,9 +41,9 @@ def aws_problems(definition: dict[str, Any]) -> list[str]:
         raise UserError("AWS node settings are checked with botocore: pip install botocore") from None
     shape = get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
     found: list[str] = []
-    for name, kind in definition["available_node_types"].items():
-        settings = {key: value for key, value in kind["node_config"].items() if key not in RAYS_OWN}
-        found += _against(settings, shape, f"available_node_types.{name}.node_config")
+    for name, settings in _node_settings(definition).items():
+        ours = {key: value for key, value in settings.items() if key not in RAYS_OWN}
+        found += _against(ours, shape, f"available_node_types.{name}.node_config")
     return found
 
 
@@ -78,9 +89,9 @@ def against_discovery(definition: dict[str, Any], document: dict[str, Any]) -> l
     """`document`: the discovery document of Compute Engine."""
     schema = {"$ref": "#/$defs/Instance", "$defs": _json_schema(document["schemas"])}
     found = []
-    for name, kind in definition["available_node_types"].items():
+    for name, settings in _node_settings(definition).items():
         path = f"available_node_types.{name}.node_config"
-        found += [f"{path}.{line}" for line in problems(kind["node_config"], schema)]
+        found += [f"{path}.{line}" for line in problems(settings, schema)]
     return found
 
 

@@ -13,7 +13,7 @@ import yaml
 from alpaca_ray.cluster.render_gcp import render_gcp
 from alpaca_ray.cluster.render_kuberay import render_kuberay
 from alpaca_ray.cluster.render_local import LocalScale, render_local
-from alpaca_ray.cluster.render_options import read_options
+from alpaca_ray.cluster.render_options import check_definition, read_options
 from alpaca_ray.config import RunConfig, UserError
 from alpaca_ray.settings import load_config
 
@@ -31,9 +31,10 @@ class Sources:
 def read_sources(cluster_file: Path, serve_file: Path, scale: LocalScale | None = None) -> Sources:
     """Raises UserError for a file that is not there, no YAML, or not AWS's."""
     definition = _read(cluster_file)
-    provider = definition.get("provider", {}).get("type")
+    provider = (definition.get("provider") or {}).get("type")
     if provider != "aws":
         raise UserError(f"{cluster_file}: provider.type is {provider}: the other forms are made from one for aws")
+    check_definition(definition, str(cluster_file))
     run = load_config(["--recipe", read_options(definition).recipe])
     return Sources(definition, _read(serve_file), run, scale or LocalScale())
 

@@ -126,7 +126,7 @@ def _worker_group(name: str, definition: Manifest, options: RenderOptions, idle_
         "groupName": name,
         "replicas": kind.get("min_workers", 0),
         "minReplicas": kind.get("min_workers", 0),
-        "maxReplicas": kind["max_workers"],
+        "maxReplicas": kind.get("max_workers", definition["max_workers"]),
         "idleTimeoutSeconds": int(kind.get("idle_timeout_s", idle_s)),
         "labels": kind.get("labels", {}),
         "rayStartParams": start,

@@ -32,7 +32,7 @@ def render_local(definition: dict[str, Any], scale: LocalScale) -> dict[str, Any
     """The autoscaling config for `ray start --head --autoscaling-config`. Groups, labels and limits are as shipped."""
     head = definition["head_node_type"]
     types = {
-        HEAD_TYPE if name == head else name: _node_type(kind, scale, name == head)
+        HEAD_TYPE if name == head else name: _node_type(kind, scale, definition["max_workers"], name == head)
         for name, kind in definition["available_node_types"].items()
     }
     provider = {
@@ -68,7 +68,7 @@ def head_environment() -> dict[str, str]:
     }
 
 
-def _node_type(kind: dict[str, Any], scale: LocalScale, is_head: bool) -> dict[str, Any]:
+def _node_type(kind: dict[str, Any], scale: LocalScale, max_workers: int, is_head: bool) -> dict[str, Any]:
     shipped = kind["resources"]
     resources = shipped | {"CPU": min(shipped.get("CPU", 0), scale.num_cpus)}
     if not is_head:
@@ -78,5 +78,5 @@ def _node_type(kind: dict[str, Any], scale: LocalScale, is_head: bool) -> dict[s
         "labels": kind.get("labels", {}),
         "node_config": {},
         "min_workers": kind.get("min_workers", 0),
-        "max_workers": 0 if is_head else kind["max_workers"],
+        "max_workers": 0 if is_head else kind.get("max_workers", max_workers),
     }

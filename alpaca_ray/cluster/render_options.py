@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from alpaca_ray.cluster.machine_types import MACHINES, GcpMachine
 from alpaca_ray.config import ConfigError, Strict, UserError, explain
@@ -64,6 +64,48 @@ class RenderOptions(Strict):
     storage_path: str
     gcp: GcpOptions
     kuberay: KuberayOptions = KuberayOptions()
+
+
+class _Docker(BaseModel):
+    image: str
+
+
+class _NodeSettings(BaseModel):
+    InstanceType: str
+
+
+class _NodeType(BaseModel):
+    resources: dict[str, int]
+    node_config: _NodeSettings
+    labels: dict[str, str] = Field(default_factory=dict)
+
+
+class _Definition(BaseModel):
+    """What the renderers read of cluster.yaml, by Ray's names; the rest passes through."""
+
+    cluster_name: str
+    max_workers: int
+    docker: _Docker
+    available_node_types: dict[str, _NodeType]
+    head_node_type: str
+    head_start_ray_commands: list[str]
+    worker_start_ray_commands: list[str]
+
+    @model_validator(mode="after")
+    def _has_its_head(self) -> "_Definition":
+        if self.head_node_type not in self.available_node_types:
+            raise ValueError(
+                f"head_node_type {self.head_node_type!r} is none of {', '.join(self.available_node_types)}"
+            )
+        return self
+
+
+def check_definition(definition: dict[str, Any], where: str) -> None:
+    """Raises ConfigError for a field that the renderers need and that is missing or of another type."""
+    try:
+        _Definition.model_validate(definition)
+    except ValidationError as error:
+        raise ConfigError(explain(error, where, _Definition)) from None
 
 
 def read_options(definition: dict[str, Any]) -> RenderOptions:

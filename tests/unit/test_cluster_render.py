@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -105,6 +106,34 @@ def test_a_misspelt_option_is_named(definition: Content) -> None:
     del definition["metadata"]
     with pytest.raises(UserError, match=r"metadata\.render is missing"):
         read_options(definition)
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        (("docker",), "docker: Field required"),
+        (("available_node_types", "train", "node_config", "InstanceType"), "train.node_config.InstanceType: Field req"),
+        (("available_node_types", "head"), "head_node_type 'head' is none of generate, train, serve"),
+        (("worker_start_ray_commands",), "worker_start_ray_commands: Field required"),
+    ],
+)
+def test_what_the_renderers_need_is_named(
+    definition: Content, path: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    inside = definition
+    for step in path[:-1]:
+        inside = inside[step]
+    del inside[path[-1]]
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(definition, sort_keys=False))
+    with pytest.raises(UserError, match=re.escape(says)):
+        read_sources(tmp_path / "cluster.yaml", ROOT / "serve_config.yaml")
+
+
+def test_a_group_without_a_maximum_has_the_clusters(definition: Content, run: RunConfig) -> None:
+    del definition["available_node_types"]["train"]["max_workers"]
+    job = kuberay(definition, run)["rayjob-train"]["spec"]["rayClusterSpec"]
+    assert job["workerGroupSpecs"][0]["maxReplicas"] == definition["max_workers"]
+    assert render_local(definition, LocalScale())["available_node_types"]["train"]["max_workers"] == 20
 
 
 def test_a_stage_without_a_group_is_refused(definition: Content, run: RunConfig) -> None:
