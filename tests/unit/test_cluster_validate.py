@@ -138,6 +138,12 @@ def aws() -> dict[str, Any]:
     return content
 
 
+@pytest.mark.parametrize("types", [None, {}, {"head": None}, {"head": {"node_config": []}}])
+def test_a_definition_without_node_settings_is_refused(types: Any) -> None:
+    with pytest.raises(UserError, match="available_node_types"):
+        against_discovery({"available_node_types": types}, DISCOVERY)
+
+
 GOOGLE_MISTAKES = [  # where, what it becomes, what has to be named
     (("machineTyp",), "x", "node_config.machineTyp: no such field; did you mean 'machineType'?"),
     (("scheduling", "provisioningModel"), "SPOTT", "scheduling.provisioningModel: 'SPOTT' is not one of"),
