@@ -1,4 +1,4 @@
-"""`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, keys; and how jobs begin and end."""
+"""`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, cluster, keys; and how jobs begin and end."""
 
 import argparse
 import json
@@ -80,9 +80,16 @@ def _parser() -> argparse.ArgumentParser:
         verb.add_argument("--out", required=True, help="a directory that does not exist yet")
     lint = commands.add_parser("lint", help="every field of cluster.yaml, serve_config.yaml and recipes; exit code 1")
     lint.add_argument("files", nargs="*", help="of any kind (default: the two here, and the recipes that ship)")
+    _add_cluster(commands.add_parser("cluster", help="cluster.yaml's other forms, and whether they are valid"))
     _add_keys(commands.add_parser("keys", help="make an API key of the server"))
     _add_detect(commands.add_parser("detect", help="whether a text carries the watermark of a key"))
     return parser
+
+
+def _add_cluster(cluster: argparse.ArgumentParser) -> None:
+    from alpaca_ray.cluster.forms import add_parsers
+
+    add_parsers(cluster)
 
 
 def _add_keys(keys: argparse.ArgumentParser) -> None:
@@ -209,6 +216,12 @@ def _keys(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _cluster(arguments: argparse.Namespace) -> int:
+    from alpaca_ray.cluster import forms
+
+    return forms.run(arguments)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "demo": _demo,
@@ -217,6 +230,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "diff": _diff,
     "detect": _detect,
     "lint": _lint,
+    "cluster": _cluster,
     "keys": _keys,
 }
 

@@ -66,3 +66,25 @@ def test_the_definition_opens_nothing_and_holds_no_secret(definition: dict[str, 
         if "ray start" in command:
             assert "RAY_AUTH_MODE=token" in command
             assert "secretsmanager get-secret-value" in command
+
+
+def test_nodes_install_nothing_when_they_start(definition: dict[str, Any]) -> None:
+    prepared = prepare_config(copy.deepcopy(definition))  # with Ray's defaults, which install a nightly Ray
+    setup = [command for name, commands in prepared.items() if name.endswith("setup_commands") for command in commands]
+    assert not setup
+    assert not prepared["initialization_commands"]
+    _, _, tag = definition["docker"]["image"].rpartition(":")
+    assert tag not in ("", "latest")
+
+
+def test_labels_start_nodes(definition: dict[str, Any]) -> None:
+    """Only the autoscaler's second version looks at label selectors, and it is off by default."""
+    (start,) = [command for command in definition["head_start_ray_commands"] if "ray start" in command]
+    assert "RAY_enable_autoscaler_v2=1" in start.partition("ray start")[0]
+
+
+def test_spot_groups_are_labelled(definition: dict[str, Any]) -> None:
+    for name, kind in groups(definition).items():
+        is_spot = "InstanceMarketOptions" in kind["node_config"]
+        assert (kind["labels"].get("alpaca-ray.io/market") == "spot") == is_spot, name
+    assert "InstanceMarketOptions" not in groups(definition)["head"]["node_config"]
