@@ -14,6 +14,8 @@ from alpaca_ray.config import UserError
 
 if TYPE_CHECKING:
     from alpaca_ray.artifacts import Stage  # pyarrow: not for `--help`
+    from alpaca_ray.config import RunConfig
+    from alpaca_ray.train.estimate import Basis
 
 
 def run_job(main: Callable[[], None]) -> NoReturn:
@@ -64,11 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     down.add_argument("--directory", default=".demo", help="as given to the demo (default: %(default)s)")
     estimate = commands.add_parser(
         "estimate",
-        help="memory, time and cost of a training run before it starts; exit code 1 if it cannot fit",
-        epilog="--recipe NAME or --config FILE, and overrides such as --train.micro-batch-size 2, as jobs take them",
+        help="memory, time and cost of a run before it starts; exit code 1 if training cannot fit",
+        epilog="RECIPE or --config FILE, and overrides such as --train.micro-batch-size 2, as jobs take them",
         allow_abbrev=False,
     )
     estimate.add_argument("--gpu", help="a type such as a100-80gb (default: that, or none for a recipe without GPUs)")
+    estimate.add_argument("--cluster", type=Path, help="a cluster.yaml: dollars and hours of every stage on it")
+    estimate.add_argument("--prices", type=Path, help="of instances, before those of alpaca_ray/cluster/prices.yaml")
     estimate.add_argument("--mfu", type=float, help="share of the GPU's peak that useful tokens get (default: 0.4)")
     estimate.add_argument("--tokens-per-example", type=float, help="prompt and answer (default: 139, Alpaca's)")
     diff = commands.add_parser("diff", help="a tuned model as its exact difference from a base, and back")
@@ -138,12 +142,30 @@ def _estimate(arguments: argparse.Namespace) -> int:
     from alpaca_ray.settings import load_config
     from alpaca_ray.train import estimate
 
-    config = load_config(arguments.overrides)
+    given = arguments.overrides
+    config = load_config(["--recipe", *given] if given and not given[0].startswith("-") else given)
     asked = {name: getattr(arguments, name) for name in ("mfu", "tokens_per_example")}
     basis = estimate.Basis(**{name: value for name, value in asked.items() if value is not None})
     gpu = arguments.gpu or (estimate.DEFAULT_GPU if config.train.placement.num_gpus > 0 else None)
+    if arguments.cluster is None:
+        text, fits = estimate.report(config, gpu, basis)
+        print(text)
+        return int(not fits)
+    return _estimate_on_cluster(arguments, config, basis)
+
+
+def _estimate_on_cluster(arguments: argparse.Namespace, config: "RunConfig", basis: "Basis") -> int:
+    from alpaca_ray.cluster import pricing
+    from alpaca_ray.train import estimate
+
+    prices = pricing.load_prices(arguments.prices)
+    groups, idle_h = pricing.load_groups(arguments.cluster)
+    group = pricing.group_of(groups, config.train.placement, "train")
+    gpu = arguments.gpu or (prices.of(group.instance_type).gpu if group else None)
     text, fits = estimate.report(config, gpu, basis)
-    print(text)
+    time_s = estimate.estimate(config, estimate.gpu_named(gpu) if gpu else None, basis).time_s
+    costs = pricing.estimate(config, groups, idle_h, prices, None if time_s is None else time_s / 3600)
+    print(f"{text}\n\n{pricing.render(costs, prices, config.generate.mode)}")
     return int(not fits)
 
 

@@ -110,9 +110,7 @@ class _Generation:
         self.journal = Journal(*self.journal_place)
         self.gate = start_gate(self.config, *self.journal_place)
         self.round_asked = self.round_answered = self.round_had = self.answered_before = 0
-        self.gauges = {
-            name: Gauge(f"alpaca_ray_generate_{name}", f"Instructions {name}") for name in ("kept", "rejected")
-        }
+        self.gauges = gauges()
 
     def fill(self) -> None:
         """Rounds until enough are kept."""
@@ -216,9 +214,11 @@ class _Generation:
             )
 
     def figures(self) -> Figures:
-        """For the progress view; called from its thread."""
+        """For the progress view; called from its thread, once a period."""
         state = self.gate.state(STATE_TIMEOUT_S)
         limiter = state.limiter if state else None
+        for reason, count in self.harvest.counted().items():
+            self.gauges["rejects"].set(count, {"reason": reason})
         return Figures(
             kept=len(self.harvest.kept),
             wanted=self.config.num_instructions,
@@ -253,6 +253,13 @@ class _Generation:
         """Every reject so far."""
         table = pa.Table.from_pylist(self.harvest.rejects, schema=REJECT_SCHEMA)
         self.run.write_table(self.stage.path("rejects.parquet"), table)
+
+
+def gauges() -> dict[str, Gauge]:
+    """What the driver tells Ray's metrics; the gate tells the rest."""
+    made = {name: Gauge(f"alpaca_ray_generate_{name}", f"Instructions {name}") for name in ("kept", "rejected")}
+    made["rejects"] = Gauge("alpaca_ray_generate_rejects", "Instructions rejected, by reason", ("reason",))
+    return made
 
 
 def _seeds(config: GenerateConfig) -> list[SeedTask]:

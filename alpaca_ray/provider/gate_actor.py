@@ -20,6 +20,8 @@ _METRICS = {
     "usd": "US dollars spent",
     "requests_per_minute": "Requests in the last window of the rate limit",
     "tokens_per_minute": "Tokens in the last window of the rate limit",
+    "requests_limit": "Requests that the rate limit allows in a window; not told where there is none",
+    "tokens_limit": "Tokens that the rate limit allows in a window; not told where there is none",
 }
 
 
@@ -40,6 +42,10 @@ class LimiterActor(Gate):
             self._gauges[name].set(getattr(state, name))
         self._gauges["requests_per_minute"].set(state.limiter.requests_in_window)
         self._gauges["tokens_per_minute"].set(state.limiter.tokens_in_window)
+        for name in ("requests_limit", "tokens_limit"):
+            limit = getattr(state.limiter, name)
+            if limit is not None:
+                self._gauges[name].set(limit)
         return state
 
 
