@@ -14,8 +14,8 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from alpaca_ray import __version__, cli
 from alpaca_ray.cluster.render import TARGETS, Sources, read_sources, render, stale_files
 from alpaca_ray.cluster.validate import read_schemas, validate
+from alpaca_ray.lint.files import lint_files
 from alpaca_ray.serve.keys import make_key
-from alpaca_ray.serve.lint import lint_file
 
 ROOT = Path(__file__).parents[1]
 GROUP = "alpaca-ray.io/group"
@@ -160,8 +160,8 @@ def test_the_server_behind_kuberay_passes_our_own_lint(sources: Sources, tmp_pat
     config = tmp_path / "serve_config.yaml"
     config.write_text(parsed(sources, "kuberay", "rayservice.yaml")["spec"]["serveConfigV2"])
     key = make_key("alice", ["generate"])
-    assert lint_file(config, {"ALPACA_RAY_API_KEYS": key.line}) == []
-    without_keys = lint_file(config, {})  # it listens on all addresses of its pod
+    assert lint_files([config], {"ALPACA_RAY_API_KEYS": key.line}) == []
+    without_keys = lint_files([config], {})  # it listens on all addresses of its pod
     assert len(without_keys) == 1
     assert "http_options.host" in without_keys[0] or "0.0.0.0" in without_keys[0]
 
