@@ -42,7 +42,7 @@ def main(directory: str, host: str, port: int) -> None:
 def generate(model: Any, tokenizer: Any, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The text as it comes, then the usage."""
     inputs = tokenizer(body["prompt"], return_tensors="pt")
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     sampling = {"do_sample": True, "temperature": body["temperature"], "top_p": body["top_p"], "top_k": 0}
     options = {"do_sample": False} if body["temperature"] == 0 else sampling
     ids: list[Any] = []
