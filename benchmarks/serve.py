@@ -1,6 +1,6 @@
 """Serving: tokens per second, time to first token and between tokens, of ours layer by layer and of other servers.
 
-python benchmarks/serve.py [--quick] [--vllm-python PATH] [--vllm-dtype float32] [--llamacpp-python PATH]
+python benchmarks/serve.py [--quick] [--parts ours peers] [--vllm-python PATH] [--llamacpp-python PATH --gguf FILE]
 
 The embedded model, 16 streams at once and 1, in one run, all sides by turns; prompts are the package's evaluation
 instructions, others in each round. Every side gets the same model directory, whose end-of-sequence token is one that
@@ -255,6 +255,7 @@ def shares(taken: Taken, ceiling: Ceiling) -> Iterator[Row]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter completions")
+    parser.add_argument("--parts", nargs="+", choices=("ours", "peers"), default=["ours", "peers"])
     parser.add_argument("--vllm-python", help="of an environment with vLLM")
     parser.add_argument("--vllm-dtype", default="float32", help="bfloat16 where the CPU computes in it")
     parser.add_argument("--llamacpp-python", help="of an environment with llama-cpp-python and gguf")
@@ -279,17 +280,17 @@ def main() -> int:
             sides.add(name, partial(LineSide, name, command, directory / f"{name}.log"))
         held.enter_context(served(str(model), sides))
         bench = Bench(sides, Prompts(model), plan)
-        ours = bench.turns(OURS, plan.rounds, ("16", "1"))
+        ours = bench.turns(OURS, plan.rounds, ("16", "1")) if "ours" in options.parts else {}
         rows = [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling), *missing(sides)]
         dtypes = {"vllm": options.vllm_dtype, "llamacpp_q4": "Q4_1"}
         sides.end("engine_watermark")  # its memory is wanted
-        made = peers(sides, model, options)
+        made = peers(sides, model, options) if "peers" in options.parts else {}
         for name, make in made.items():
             beside = bench.against(name, make)
             rows += [*figures(beside, name), *ratios(name, dtypes.get(name, "float32"), beside)]
             if name == "generate":
                 rows += equality(beside)
-        rows += missing_peers(sides, made)
+        rows += missing_peers(sides, made) if "peers" in options.parts else []
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
     machine = {"cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9),

@@ -37,9 +37,10 @@ async def answer(engine: Engine, work: dict[str, Any]) -> list[list[float]]:
 def main(model: str, is_marked: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries write where they like; the pipe is for answers alone
-    size = vocab_size(model)
-    marks = Watermark(WATERMARK_KEY, vocab_size=size).bias if is_marked else None
-    engine = load_engine(ServeArgs(model=model, **ENGINE_ARGS), marks)
+    watermark = Watermark(WATERMARK_KEY, vocab_size=vocab_size(model))
+    if is_marked:
+        watermark.warm()  # as the application does
+    engine = load_engine(ServeArgs(model=model, **ENGINE_ARGS), watermark.bias if is_marked else None)
     for line in sys.stdin:
         print(json.dumps({"times_s": asyncio.run(answer(engine, json.loads(line)))}), file=answers, flush=True)
     engine.close()
