@@ -1,6 +1,8 @@
 """Our forward pass against transformers' own, on random weights in float32."""
 
+import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from alpaca_ray.config import ServeArgs, UserError
 from alpaca_ray.serve.decoder import Chunk, Decoder, ModuleDecoder
+from alpaca_ray.serve.engine import SamplingParams, TokenRequest
 from alpaca_ray.serve.linear import fuse, has_int8
 from alpaca_ray.serve.llama import LlamaDecoder, supports
-from alpaca_ray.serve.torch_engine import decoder_for
+from alpaca_ray.serve.torch_engine import decoder_for, load_engine
 
 VOCAB, LENGTH = 97, 96
 IDS = [int(i) for i in torch.randint(0, VOCAB, (LENGTH,), generator=torch.Generator().manual_seed(0))]
@@ -239,3 +242,22 @@ def test_int8_is_refused_where_it_would_do_nothing() -> None:
     for wrong in ({"dtype": "bfloat16"}, {"dtype": "float32", "engine": "vllm"}):
         with pytest.raises(ValueError, match="quantization: int8 is for engine: torch"):
             ServeArgs.model_validate({"model": "m", "quantization": "int8", **wrong})
+
+
+@needs_int8
+def test_the_engine_computes_in_8_bits_where_its_args_say_so(tiny_model: Path) -> None:
+    async def logprob(quantization: str | None) -> float:
+        given = {"model": str(tiny_model), "dtype": "float32", "max_length": 16, "quantization": quantization}
+        engine = load_engine(ServeArgs.model_validate(given))
+        try:
+            params = SamplingParams(max_tokens=1, temperature=0.0, num_logprobs=1)
+            deltas = [delta async for delta in engine.generate(TokenRequest((5, 6, 7), params))]
+        finally:
+            engine.close()
+        found = deltas[0].logprobs[0].logprob
+        assert found is not None
+        return found
+
+    exact, eights = (asyncio.run(logprob(quantization)) for quantization in (None, "int8"))
+    assert eights != exact
+    assert eights == pytest.approx(exact, abs=0.05)
