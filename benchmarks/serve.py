@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 
 from alpaca_ray import models
 from alpaca_ray.schema import read_evaluation_tasks
+from alpaca_ray.serve.app import OPENMP
 from benchmarks.serve_ceiling import Ceiling, measure_ceiling
 from benchmarks.serve_layers import INT8, LAYERS, served
 from benchmarks.serve_sides import (
@@ -275,9 +276,10 @@ def main() -> int:
         model = endless_model(Path(models.resolve(models.EMBEDDED)), directory / "model")
         ceiling = measure_ceiling(model)
         sides = held.enter_context(Sides(directory))
-        for name, flags in (("engine", []), ("engine_watermark", ["--watermark"])):
-            command = [sys.executable, "-m", "benchmarks.serve_engine", str(model), *flags]
-            sides.add(name, partial(LineSide, name, command, directory / f"{name}.log"))
+        for side, flags in (("engine", []), ("engine_watermark", ["--watermark"])):
+            openmp = [f"{name}={value}" for name, value in OPENMP.items()]  # as the application has it
+            command = ["env", *openmp, sys.executable, "-m", "benchmarks.serve_engine", str(model), *flags]
+            sides.add(side, partial(LineSide, side, command, directory / f"{side}.log"))
         held.enter_context(served(str(model), sides))
         bench = Bench(sides, Prompts(model), plan)
         ours = bench.turns(OURS, plan.rounds, ("16", "1")) if "ours" in options.parts else {}

@@ -32,9 +32,8 @@ WATERMARK_KEY = 3_141_592_653_589_793_238
 NEVER_GIVEN = (7, "<gh_stars>")  # a token that belongs to source files, not to texts
 START_S = 420.0
 REQUEST_S = 600.0
-# OpenMP's threads sleep while they wait, on every side: several processes share the cores.
 ENVIRONMENT = {
-    "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_USE_V2_MODEL_RUNNER": "0", "VLLM_NO_USAGE_STATS": "1",
 }  # fmt: skip
 
