@@ -28,7 +28,7 @@ TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
 # With the temperature of each. The second answer is longer, as a rule: long enough for the detector.
 QUESTIONS = {"Explain what a rainbow is.": 0.0, "Describe a day in the life of a farmer.": 1.0}
 DEPLOY_TIMEOUT_S = 300
-REQUESTS_PER_MINUTE = 6000
+REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE = 6_000, 6_000_000
 
 
 def up(directory: Path) -> int:
@@ -51,8 +51,9 @@ def up(directory: Path) -> int:
             _deploy(cluster, directory, own, (EMBEDDED, TEACHER) if stage == "generate" else None)
         if stage == "generate":
             overrides += ["--generate.teacher.base-url", f"{cluster.serve_url}/v1"]
-            # Our server has no limit and names none. Were it unknown, the first request would go alone, to find out.
+            # Our server has no limits and names none. Were they unknown, the first request would go alone, to find out.
             overrides += ["--generate.limits.requests-per-minute", str(REQUESTS_PER_MINUTE)]
+            overrides += ["--generate.limits.tokens-per-minute", str(TOKENS_PER_MINUTE)]
         _say(f"{stage}: ray job submit -- python jobs/{stage}.py --recipe {RECIPE}")
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())

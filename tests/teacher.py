@@ -21,8 +21,9 @@ class Teacher(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, key: str = "good-key") -> None:
         super().__init__(("127.0.0.1", 0), _Routes)
+        self.key = key
         self.requests: list[dict[str, Any]] = []
         self.refusals: list[Refusal] = []
         self.always: Refusal | None = None
@@ -44,7 +45,7 @@ class _Routes(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.headers["Authorization"] != "Bearer good-key":
+        if self.headers["Authorization"] != f"Bearer {self.server.key}":
             return self._send(401, {"error": {"message": "Incorrect API key provided.", "code": "invalid_api_key"}})
         return self._send(200, {"object": "list", "data": [{"id": "scripted", "object": "model"}]})
 

@@ -1,6 +1,7 @@
 """Jobs as a team runs them: a head of its own, `ray job submit`, `serve deploy`."""
 
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,14 +13,21 @@ from openai import OpenAI
 from alpaca_ray.artifacts import open_run
 from alpaca_ray.cluster import local
 from alpaca_ray.config import UserError
+from alpaca_ray.serve.keys import make_key
+from tests import leaks
 from tests.teacher import Teacher
 
 ROOT = Path(__file__).parents[2]
+KEY = make_key("canary", ["generate", "detect"])  # the teacher's and the server's: a served model is a teacher too
+WATERMARK_KEY = str(secrets.randbits(62) | 1 << 61)
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.LocalCluster]:
-    started = local.start(tmp_path_factory.mktemp("head"), num_cpus=2, extra_environment={"OPENAI_API_KEY": "good-key"})
+    environment = {
+        "OPENAI_API_KEY": KEY.secret, "ALPACA_RAY_API_KEYS": KEY.line, "ALPACA_RAY_WATERMARK_KEY": WATERMARK_KEY
+    }  # fmt: skip
+    started = local.start(tmp_path_factory.mktemp("head"), num_cpus=2, extra_environment=environment)
     yield started
     head = psutil.Process(started.pid)
     family = [head, *head.children(recursive=True)]
@@ -38,7 +46,7 @@ def generate(storage: Path, teacher_url: str, model: str, *overrides: str) -> li
 def test_a_submitted_job_makes_its_stage_and_the_second_one_does_nothing(
     cluster: local.LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with Teacher() as teacher:
+    with Teacher(KEY.secret) as teacher:
         entrypoint = generate(tmp_path, teacher.base_url, "scripted")
         local.submit(cluster, "generate", entrypoint, ROOT)
         asked = len(teacher.requests)
@@ -66,12 +74,11 @@ def test_a_served_random_model_is_a_teacher_whose_every_answer_is_rejected(
     config["http_options"]["port"] = cluster.serve_port
     args = config["applications"][0]["args"]
     args |= {"model": str(tiny_model), "model_name": "tiny", "max_length": 2048}
-    args["watermark"]["enabled"] = False
     (tmp_path / "serve.yaml").write_text(yaml.safe_dump(config))
     local.deploy(cluster, tmp_path / "serve.yaml", timeout_s=120)
 
     base_url = f"{cluster.serve_url}/v1"
-    with OpenAI(base_url=base_url, api_key="none-needed") as client:
+    with OpenAI(base_url=base_url, api_key=KEY.secret) as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
     # A byte is a token to it: the prompt must leave room in its 2,048.
     entrypoint = generate(
@@ -103,3 +110,22 @@ def test_the_head_lets_nobody_in_without_the_token(cluster: local.LocalCluster) 
     with pytest.raises(urllib.error.HTTPError, match="401"):
         urllib.request.urlopen(f"{cluster.dashboard}/api/jobs/", timeout=30)
     assert os.stat(Path(cluster.directory) / "token").st_mode & 0o077 == 0
+
+
+def test_no_secret_lies_in_anything_that_ray_or_we_keep(
+    cluster: local.LocalCluster, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    token_file, head = Path(cluster.directory) / "token", psutil.Process(cluster.pid)
+    token = token_file.read_text()
+    planted = {"key": KEY.secret, "watermark key": WATERMARK_KEY, "Ray's token": token}
+    # Ray's session with its logs and packages; the runs that the tests above have made.
+    directories = [Path(cluster.temp_dir), tmp_path_factory.getbasetemp()]
+
+    found = [*leaks.in_files(planted, directories), *leaks.in_command_lines(planted, head)]
+    found += leaks.in_dashboard(planted, cluster.dashboard, token)
+
+    assert found == [f"Ray's token: {token_file}"]
+    told = {"what is no secret": "jobs/generate.py"}  # and would have been found
+    assert list(leaks.in_files(told, directories))
+    assert list(leaks.in_dashboard(told, cluster.dashboard, token))
+    assert list(leaks.in_command_lines({"a process": "gcs_server"}, head))
