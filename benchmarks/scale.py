@@ -102,7 +102,7 @@ def gate(directory: Path, count: int) -> Iterator[Row]:
     try:
         actor = start_gate(config(), open_run(str(directory), "actor"), "journal")
         for size in (1, BATCH):
-            calls = min(2000, count // size)
+            calls = min(320, count // size)
             taken = asyncio.run(ask_actor(actor, calls, size))
             yield {"name": f"gate_actor_{size}_a_call", "per_s": round(calls * size / taken), "of": calls * size}
     finally:
@@ -222,10 +222,10 @@ def main() -> int:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        completions = list(answers(20_000 // part))
+        completions = list(answers(1_500 // part))
         parts: list[Callable[[], Iterator[Row]]] = [
             lambda: driver(open_run(str(directory), "driver"), completions),
-            lambda: journal(open_run(str(directory), "journal"), completions),
+            lambda: journal(open_run(str(directory), "journal"), completions * 10),
             lambda: gate(directory, 256_000 // part),
             lambda: head(100 // part),
         ]
