@@ -1,6 +1,6 @@
 """A pipeline killed again and again and submitted again: does it end with the same artifacts, and repeat no stage?
 
-python benchmarks/pipeline_kills.py [--quick] [--kills 10] [--seed 0] [--model tiny|embedded]
+python -m benchmarks.pipeline_kills [--quick] [--kills 10] [--seed 0] [--model tiny|embedded]
 
 On a local head with token authentication, runs of three stages. By turns, at random moments of random stages: SIGKILL
 to the pipeline's driver, SIGKILL to a stage's driver, `ray job stop` of the pipeline. What two runs that nobody
@@ -66,7 +66,8 @@ class Site:
 
     def entrypoint(self, name: str) -> list[str]:
         return [
-            "python", "jobs/pipeline.py", "--recipe", "tiny_cpu", "--storage-path", str(self.storage / name), *self.options,
+            "python", "jobs/pipeline.py", "--recipe", "tiny_cpu", "--storage-path", str(self.storage / name),
+            *self.options,
         ]  # fmt: skip
 
     def run(self, name: str) -> RunDirectory:
