@@ -38,7 +38,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/kills.py --quick
 	$(BIN)/python benchmarks/train.py --quick
 	$(BIN)/python benchmarks/train_kills.py --quick
-	$(BIN)/python -m benchmarks.pipeline_kills --quick
+	$(BIN)/python benchmarks/pipeline_kills.py --quick
 	$(BIN)/python benchmarks/watermark.py --quick
 	$(BIN)/python benchmarks/int8.py --quick
 	$(BIN)/python benchmarks/serve.py --quick

@@ -1,6 +1,6 @@
 """A pipeline killed again and again and submitted again: does it end with the same artifacts, and repeat no stage?
 
-python -m benchmarks.pipeline_kills [--quick] [--kills 10] [--seed 0] [--model tiny|embedded]
+python benchmarks/pipeline_kills.py [--quick] [--kills 10] [--seed 0] [--model tiny|embedded]
 
 On a local head with token authentication, runs of three stages. By turns, at random moments of random stages: SIGKILL
 to the pipeline's driver, SIGKILL to a stage's driver, `ray job stop` of the pipeline. What two runs that nobody
@@ -39,9 +39,11 @@ from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("pipeline", "stage", "stop")  # what is done, by turns
+KILLS_A_RUN = 5
 POLL_S = 0.1
 DEADLINE_S = 1200.0
 STOP_S = 60.0  # a stage's job has to be stopped so soon after its pipeline
+API_KEY = "good-key"  # the teacher's, in the environment of the head
 NUM_CPUS = 4  # of Ray; more than the machine may have: what waits for a core is not what is measured
 # Whatever else is alike: without these there would be nothing to compare.
 CORE = (
@@ -113,7 +115,7 @@ class Site:
 @contextlib.contextmanager
 def site(directory: Path, model: str) -> Iterator[Site]:
     """`model`: a directory, or embedded:NAME."""
-    environment = PATIENT | {"OPENAI_API_KEY": "good-key", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = PATIENT | {"OPENAI_API_KEY": API_KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     options = [] if model.startswith("embedded:") else list(SMALL)
     with Teacher() as teacher:
         cluster = local.start(directory / "head", NUM_CPUS, environment, timeout_s=300)
@@ -143,6 +145,7 @@ class Outcome:
     overlaps: int = 0  # jobs of one stage that began before the one before had ended
     succeeded: Counter[str] = field(default_factory=Counter)  # jobs of each stage that ended well
     jobs: int = 0
+    leaks: int = 0  # records that hold the teacher's key
 
 
 def undisturbed(site: Site, name: str) -> Outcome:
@@ -200,7 +203,7 @@ def hurt(site: Site, name: str, job: str, planned: tuple[int, float, str], outco
             process.kill()
         if kind == "pipeline":
             site.wait_for_end(job)
-    print(f"{kind} in {at_work}", file=sys.stderr, flush=True)
+    say(f"{kind} in {at_work}")
     return kind, at_work
 
 
@@ -227,6 +230,8 @@ def books(site: Site, name: str, outcome: Outcome) -> Outcome:
     """What Ray's job table says of the run's stages."""
     jobs = sorted(site.stage_jobs(name), key=lambda job: job.start_time)
     outcome.jobs = len(jobs)
+    kept = [repr(job) for job in site.client.list_jobs()] + [site.run(name).read_bytes(ledger.PATH).decode()]
+    outcome.leaks = sum(API_KEY in record for record in kept)
     for stage in STAGES:
         own = [job for job in jobs if job.submission_id.startswith(stage)]
         outcome.succeeded[stage] = sum(job.status == "SUCCEEDED" for job in own)
@@ -241,12 +246,13 @@ def hashes(run: RunDirectory) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def alike(first: dict[str, str], second: dict[str, str]) -> dict[str, str]:
-    """What two runs have in common. Raises RuntimeError if the core of a run is not in it."""
-    both = {name: digest for name, digest in first.items() if second.get(name) == digest}
-    if missing := [name for name in CORE if name not in both]:
-        raise RuntimeError(f"two undisturbed runs differ in {missing}")
-    return both
+def alike(runs: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What undisturbed runs have in common; of a single one its core. Raises RuntimeError if the core is not in it."""
+    first, *others = runs
+    same = {name: digest for name, digest in first.items() if all(other.get(name) == digest for other in others)}
+    if missing := [name for name in CORE if name not in same]:
+        raise RuntimeError(f"undisturbed runs lack, or differ in, {missing}")
+    return same if others else {name: same[name] for name in CORE}
 
 
 def differing(expected: dict[str, str], run: RunDirectory) -> list[str]:
@@ -276,6 +282,8 @@ def rows(kills: int, quiet: Sequence[Outcome], hurts: Sequence[Outcome], expecte
         row("jobs_of_one_stage_at_once", sum(o.overlaps for o in hurts), "jobs", "0",
             all(o.overlaps == 0 for o in hurts)),
         row("stages_that_outlived_a_stop", left, f"of {stops} stops", "0", left == 0),
+        row("records_with_the_key", sum(o.leaks for o in [*quiet, *hurts]), "jobs and ledgers", "0",
+            all(o.leaks == 0 for o in [*quiet, *hurts])),
         row("run_s", round(hurt_s, 1), "s", "measured", True, peer=round(quiet_s, 1), ratio=round(hurt_s / quiet_s, 2),
             peer_name="the same run, undisturbed", each=[round(o.took_s, 1) for o in hurts]),
     ]  # fmt: skip
@@ -285,23 +293,29 @@ def row(name: str, ours: Any, unit: str, goal: str, holds: bool, **more: Any) ->
     return {"name": name, "ours": ours, "unit": unit, "goal": goal, "holds": holds, **more}
 
 
-def trial(directory: Path, model: str, kills: int, seed: int, kills_a_run: int = 5) -> list[dict[str, Any]]:
-    """Two runs undisturbed, then as many disturbed ones as the kills need."""
-    rng, hurts = random.Random(seed), list[Outcome]()
+def trial(directory: Path, model: str, kinds: Sequence[str], seed: int, num_quiet: int = 2) -> list[dict[str, Any]]:
+    """Runs that nobody disturbs, then as many disturbed ones as `kinds` need. One quiet run tells of the core alone."""
+    rng, hurts, left = random.Random(seed), list[Outcome](), list(kinds)
     wrong: list[str] = []
     with site(directory, model) as here:
-        quiet = [undisturbed(here, name) for name in ("quiet-1", "quiet-2")]
-        expected = alike(*(hashes(here.run(name)) for name in ("quiet-1", "quiet-2")))
-        work_s, kinds = work_of(here.run("quiet-2")), [KINDS[k % len(KINDS)] for k in range(kills)]
-        print(f"undisturbed: {[round(o.took_s) for o in quiet]} s, jobs {work_s}", file=sys.stderr, flush=True)
-        while kinds and len(hurts) < kills:
+        names = [f"quiet-{k + 1}" for k in range(num_quiet)]
+        quiet = [undisturbed(here, name) for name in names]
+        expected = alike([hashes(here.run(name)) for name in names])
+        work_s = work_of(here.run(names[-1]))
+        say(f"undisturbed: {[round(o.took_s) for o in quiet]} s; jobs: {work_s}; {len(expected)} files alike")
+        while left and len(hurts) < len(kinds):
             name = f"hurt-{len(hurts) + 1}"
-            hurts.append(disturbed(here, name, kinds[:kills_a_run], rng, work_s))
+            hurts.append(disturbed(here, name, left[:KILLS_A_RUN], rng, work_s))
             for kind, _ in hurts[-1].kills:
-                if kind in kinds:
-                    kinds.remove(kind)
+                if kind in left:
+                    left.remove(kind)
             wrong += [f"{name}/{file}" for file in differing(expected, here.run(name))]
-    return rows(kills, quiet, hurts, len(expected), wrong)
+            say(f"{name}: {hurts[-1]}; differing: {wrong}")
+    return rows(len(kinds), quiet, hurts, len(expected), wrong)
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> int:
@@ -311,11 +325,11 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=("tiny", "embedded"), default="tiny")
     arguments = parser.parse_args()
-    kills = 3 if arguments.quick else arguments.kills
+    kinds = [KINDS[k % len(KINDS)] for k in range(3 if arguments.quick else arguments.kills)]
     with tempfile.TemporaryDirectory(prefix="pk", dir="/tmp") as directory:
         tiny = Path(directory) / "model"
         model = str(write_tiny_model(tiny)) if arguments.model == "tiny" else "embedded:smollm2-135m"
-        measured = trial(Path(directory), model, kills, arguments.seed)
+        measured = trial(Path(directory), model, kinds, arguments.seed)
     machine = {"cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
     versions = {name: importlib.metadata.version(name) for name in ("ray", "torch")}
     settings = {"model": arguments.model, "seed": arguments.seed, "teacher": "scripted"}
