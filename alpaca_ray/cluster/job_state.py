@@ -79,7 +79,7 @@ def _failure(seen: Seen) -> Verdict:
         return Verdict("failed", f"the driver {_ending(seen.exit_code)}", may_retry=True)
     if seen.error_type == "RUNTIME_ENV_SETUP_FAILURE":  # the next try would meet the same
         return Verdict("failed", f"{UPLOAD_AGAIN}: {_first_line(seen.message)}")
-    return Verdict("failed", f"the driver's node or supervisor died: {_first_line(seen.message)}", may_retry=True)
+    return Verdict("failed", f"the driver was lost: {_first_line(seen.message)}", may_retry=True)
 
 
 def _ending(exit_code: int) -> str:

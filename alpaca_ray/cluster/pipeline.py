@@ -10,7 +10,6 @@ import hashlib
 import logging
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,12 +19,13 @@ from alpaca_ray.artifacts import RunDirectory, done
 from alpaca_ray.cluster import ledger
 from alpaca_ray.cluster.job_state import ENDED, Jobs, Seen, Unreachable, Verdict, judge
 from alpaca_ray.cluster.ledger import Attempt
-from alpaca_ray.config import STAGES, RunConfig, UserError, config_hash
+from alpaca_ray.config import STAGES, Placement, RunConfig, UserError, config_hash
 
 POLL_S = 1.0
 OUTAGE_S = 900.0  # how long a head or a storage that does not answer is waited for
 RETRY_PAUSE_S = 5.0  # Ray ends what a dead driver left within 1 s or 2
 SUBMIT_TRIES = 3
+STOP_POLL_S = 0.2
 STOP_S = 2.5  # of the 3 s that Ray gives a stopped job
 
 GOES_ON = "Submitted again, the pipeline goes on there"
@@ -34,6 +34,13 @@ log = logging.getLogger("alpaca_ray")
 
 Inputs = Mapping[str, Callable[[RunDirectory, RunConfig], Mapping[str, str]]]
 T = TypeVar("T")
+
+
+@dataclass
+class Stop:
+    """Whether to end. No threading.Event: a signal's handler could wait for ever for the lock that it interrupted."""
+
+    is_set: bool = False
 
 
 class Stopped(Exception):
@@ -53,10 +60,11 @@ class Pipeline:
     jobs: Jobs
     commands: Mapping[str, Sequence[str]]
     inputs: Inputs
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: Stop = field(default_factory=Stop)
     now_s: Callable[[], float] = time.time
-    wait: Callable[[float], object] | None = None  # s; None: that of `stop`
-    say: Callable[[str], None] = lambda line: print(line, flush=True)
+    sleep: Callable[[float], object] = time.sleep
+    # One write a line: the log's thread speaks too.
+    say: Callable[[str], None] = lambda line: print(f"{line}\n", end="", flush=True)
 
     def make_all(self) -> None:
         """Raises StageFailed, Stopped, and UserError for what a user has to mend."""
@@ -135,9 +143,10 @@ class Pipeline:
     def _submit(self, attempt: Attempt) -> str:
         """What Ray said against it. It may have taken the job all the same: its table tells."""
         command = shlex.join(self.commands[attempt.stage])
+        drivers: Mapping[str, Placement] = {**self.config.pipeline.drivers}
         self.say(f"pipeline: {attempt.stage}: job {attempt.submission_id}: {command}")
         try:
-            self.jobs.submit(attempt.submission_id, command, self.config.pipeline.drivers.get(attempt.stage))
+            self.jobs.submit(attempt.submission_id, command, drivers.get(attempt.stage))
         except Unreachable as error:
             return str(error).strip()
         return ""
@@ -268,18 +277,21 @@ class Pipeline:
                 pause_s = min(2 * pause_s, 10 * POLL_S)
 
     def _wait(self, duration_s: float) -> None:
-        (self.wait or self.stop.wait)(duration_s)
+        until_s = self.now_s() + duration_s
         self._check_stop()
+        while (left_s := until_s - self.now_s()) > 0:
+            self.sleep(min(left_s, STOP_POLL_S))
+            self._check_stop()
 
     def _check_stop(self) -> None:
-        if self.stop.is_set():
+        if self.stop.is_set:
             raise Stopped
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm(stop: threading.Event) -> Iterator[None]:
+def stopped_by_sigterm(stop: Stop) -> Iterator[None]:
     """`ray job stop` sends SIGTERM, and SIGKILL after 3 s. A request under way is finished first."""
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "is_set", True))
     try:
         yield
     finally:

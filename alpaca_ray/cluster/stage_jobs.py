@@ -14,7 +14,7 @@ from typing import Any
 
 import aiohttp
 import requests
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 from ray.job_submission import JobDetails, JobSubmissionClient, JobType
 
 from alpaca_ray.cluster.job_state import Seen, Unreachable
@@ -54,7 +54,7 @@ class OwnJob:
 class _Client(JobSubmissionClient):
     # Ray's client waits for ever on a head that has gone.
     def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-        return super()._do_request(*args, **kwargs, timeout=REQUEST_TIMEOUT_S)  # type: ignore[no-untyped-call]
+        return super()._do_request(*args, **kwargs, timeout=REQUEST_TIMEOUT_S)
 
 
 class RayJobs:
@@ -80,14 +80,14 @@ class RayJobs:
     def find(self, prefix: str) -> dict[str, Seen]:
         with _unreachable():
             jobs = self._client().list_jobs()
-        submitted = [job for job in jobs if job.type is JobType.SUBMISSION and job.submission_id is not None]
-        return {job.submission_id: _seen(job) for job in submitted if job.submission_id.startswith(prefix)}
+        submitted = {job.submission_id or "": job for job in jobs if job.type is JobType.SUBMISSION}
+        return {name: _seen(job) for name, job in submitted.items() if name.startswith(prefix)}
 
     def look(self, submission_id: str) -> Seen | None:
         with _unreachable():
             client = self._client()
-        with contextlib.suppress(requests.RequestException, RuntimeError):
-            return _seen(client.get_job_info(submission_id))
+            with contextlib.suppress(requests.RequestException, RuntimeError):
+                return _seen(client.get_job_info(submission_id))
         return self.find(submission_id).get(submission_id)  # it says whether there is none, or no answer
 
     def stop(self, submission_id: str) -> bool:
@@ -122,6 +122,7 @@ class _Tail:
             is_last = self.ended.is_set()
             with contextlib.suppress(aiohttp.ClientError, OSError, RuntimeError, Unreachable):
                 asyncio.run(self._follow())
+                is_last |= self.ended.is_set()
             if is_last:
                 return
             self.ended.wait(LOG_PAUSE_S)
@@ -135,6 +136,8 @@ class _Tail:
                 if number > self._written:
                     self._write(line)
                     self._written = number
+        if rest and number == self._written:
+            self._write(rest)
 
 
 @contextlib.contextmanager
@@ -143,7 +146,7 @@ def _unreachable() -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise UserError(f"the cluster takes no job from this one: {error}") from None
-    except (requests.RequestException, OSError, RuntimeError, ValueError) as error:
+    except (requests.RequestException, RayError, OSError, RuntimeError, ValueError) as error:
         raise Unreachable(str(error)) from error
 
 

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from alpaca_ray.artifacts import RunDirectory, open_run
 from alpaca_ray.cluster import ledger
+from alpaca_ray.cluster.definition import Group
 from alpaca_ray.cluster.job_state import ENDED, Seen, Unreachable, judge
 from alpaca_ray.cluster.pipeline import OUTAGE_S, Pipeline, StageFailed, Stopped
 from alpaca_ray.cluster.stage_jobs import JOB_CONFIG, OwnJob, stage_entrypoint
 from alpaca_ray.config import STAGES, Placement, RunConfig, UserError, result_fields
+from alpaca_ray.lint.together import of_recipe, unmet
 from alpaca_ray.settings import load_config
 
 DONE = Seen("SUCCEEDED", 1.0, 2.0, 0)
@@ -115,7 +117,7 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = 1_000_000.0
 
-    def wait(self, duration_s: float) -> None:
+    def sleep(self, duration_s: float) -> None:
         self.now_s += duration_s
 
 
@@ -130,10 +132,21 @@ def run(tmp_path: Path) -> RunDirectory:
 def pipeline(cluster: Cluster, clock: Clock | None = None, said: list[str] | None = None) -> Pipeline:
     clock = clock or Clock()
     commands = {stage: ["python", f"jobs/{stage}.py", "--name", "a b"] for stage in STAGES}
-    say = [].append if said is None else said.append
+    lines = list[str]() if said is None else said
     return Pipeline(
-        cluster.run, cluster.config, cluster, commands, INPUTS, now_s=lambda: clock.now_s, wait=clock.wait, say=say
+        cluster.run,
+        cluster.config,
+        cluster,
+        commands,
+        INPUTS,
+        now_s=lambda: clock.now_s,
+        sleep=clock.sleep,
+        say=lines.append,
     )
+
+
+def stop(which: Pipeline) -> None:
+    which.stop.is_set = True
 
 
 def attempts(run: RunDirectory) -> list[tuple[str, int, str]]:
@@ -207,10 +220,19 @@ def test_drivers_ask_for_what_the_config_says(run: RunDirectory) -> None:
     assert cluster.drivers == {"generate": None, "train": Placement(num_cpus=2), "evaluate": None}
 
 
+def test_a_driver_for_whom_there_is_no_node_is_found_by_lint() -> None:
+    asked = '{"generate": {"num_cpus": 9, "label_selector": {"group": "generate"}}}'
+    config = load_config(["--recipe", "tiny_cpu", "--pipeline.drivers", asked])
+    groups = [Group("generate", {"group": "generate"}, {"CPU": 8.0}, 4)]
+    [(path, says)] = unmet(of_recipe(config), groups, "cluster.yaml")
+    assert path == ("pipeline", "drivers", "generate", "num_cpus")
+    assert "9 CPU for one worker" in says
+
+
 def test_a_stopped_pipeline_stops_its_stage_and_the_next_goes_on(run: RunDirectory) -> None:
     cluster = Cluster(run, CONFIG)
     first = pipeline(cluster)
-    cluster.before = lambda call: first.stop.set() if call == "look" and cluster.running("train") else None
+    cluster.before = lambda call: stop(first) if call == "look" and cluster.running("train") else None
     with pytest.raises(Stopped):
         first.make_all()
     assert not cluster.running("")
@@ -223,7 +245,7 @@ def test_a_stopped_pipeline_stops_its_stage_and_the_next_goes_on(run: RunDirecto
 def test_a_pipeline_that_is_stopped_while_it_submits_leaves_no_job_behind(run: RunDirectory) -> None:
     cluster = Cluster(run, CONFIG)
     first = pipeline(cluster)
-    cluster.before = lambda call: first.stop.set() if call == "submit" else None
+    cluster.before = lambda call: stop(first) if call == "submit" else None
     with pytest.raises(Stopped):
         first.make_all()
     assert cluster.submitted() == Counter(generate=1)
@@ -268,8 +290,8 @@ def test_a_job_of_a_cluster_that_is_gone_is_lost_and_one_that_lives_is_left_alon
     assert before.state == "running"
 
     class Elsewhere(Clock):
-        def wait(self, duration_s: float) -> None:
-            super().wait(duration_s)
+        def sleep(self, duration_s: float) -> None:
+            super().sleep(duration_s)
             ledger.put(run, before.model_copy(update={"seen_s": before.seen_s + 15}))
 
     with pytest.raises(UserError, match="runs on another cluster"):
@@ -333,7 +355,7 @@ def test_submitted_again_after_any_death_a_run_ends(
         (Seen("FAILED", exit_code=137), "the driver was killed by SIGKILL", True),
         (Seen("FAILED", exit_code=1), "the driver ended with exit code 1", True),
         (Seen("FAILED", exit_code=200), "the driver ended with exit code 200", True),
-        (SUPERVISOR_DIED, "the driver's node or supervisor died: Job supervisor actor died: ...", True),
+        (SUPERVISOR_DIED, "the driver was lost: Job supervisor actor died: ...", True),
         (None, "the cluster has forgotten the job: its head has lost its state", True),
         (USER_ERROR, "exit code 2: the stage's log says what to mend", False),
         (STOPPED, "the job was stopped", False),
