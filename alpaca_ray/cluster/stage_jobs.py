@@ -6,6 +6,7 @@ Inside a job Ray's client finds the dashboard by RAY_ADDRESS, and the token as e
 import asyncio
 import contextlib
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class RayJobs:
 
     def __init__(self, runtime_env: Mapping[str, Any]) -> None:
         self._runtime_env = dict(runtime_env)
+        logging.getLogger(JobSubmissionClient.__module__).setLevel(logging.WARNING)  # it tells of every log that ends
         self._made: _Client | None = None
 
     def submit(self, submission_id: str, entrypoint: str, driver: Placement | None) -> None:
