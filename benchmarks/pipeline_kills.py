@@ -286,8 +286,9 @@ def rows(kills: int, quiet: Sequence[Outcome], hurts: Sequence[Outcome], expecte
         row("stages_that_outlived_a_stop", left, f"of {stops} stops", "0", left == 0),
         row("records_with_the_key", sum(o.leaks for o in [*quiet, *hurts]), "jobs and ledgers", "0",
             all(o.leaks == 0 for o in [*quiet, *hurts])),
-        row("run_s", round(hurt_s, 1), "s", "measured", True, peer=quiet_s, ratio=quiet_s and round(hurt_s / quiet_s, 2),
-            peer_name="the same run, undisturbed", each=[round(o.took_s, 1) for o in hurts]),
+        row("run_s", round(hurt_s, 1), "s", "measured", True, peer=quiet_s,
+            ratio=quiet_s and round(hurt_s / quiet_s, 2), peer_name="the same run, undisturbed",
+            each=[round(o.took_s, 1) for o in hurts]),
     ]  # fmt: skip
 
 
