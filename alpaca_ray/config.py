@@ -191,9 +191,7 @@ class PipelineConfig(Strict):
     """How jobs/pipeline.py submits the stages."""
 
     max_attempts: PositiveInt = 3  # of a stage that loses its driver or nodes; each goes on where the last one ended
-    drivers: dict[
-        Literal["generate", "train", "evaluate"], Placement
-    ] = {}  # where a stage's driver runs; else the head
+    drivers: dict[Literal["generate", "train", "evaluate"], Placement] = {}  # of those not named: on the head
 
 
 class RunConfig(Strict):

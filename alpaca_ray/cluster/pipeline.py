@@ -19,7 +19,7 @@ from alpaca_ray.artifacts import RunDirectory, done
 from alpaca_ray.cluster import ledger
 from alpaca_ray.cluster.job_state import ENDED, Jobs, Seen, Unreachable, Verdict, judge
 from alpaca_ray.cluster.ledger import Attempt
-from alpaca_ray.config import STAGES, Placement, RunConfig, UserError, config_hash
+from alpaca_ray.config import STAGES, RunConfig, UserError, config_hash
 
 POLL_S = 1.0
 OUTAGE_S = 900.0  # how long a head or a storage that does not answer is waited for
@@ -143,7 +143,7 @@ class Pipeline:
     def _submit(self, attempt: Attempt) -> str:
         """What Ray said against it. It may have taken the job all the same: its table tells."""
         command = shlex.join(self.commands[attempt.stage])
-        drivers: Mapping[str, Placement] = {**self.config.pipeline.drivers}
+        drivers = {str(stage): placement for stage, placement in self.config.pipeline.drivers.items()}
         self.say(f"pipeline: {attempt.stage}: job {attempt.submission_id}: {command}")
         try:
             self.jobs.submit(attempt.submission_id, command, drivers.get(attempt.stage))
