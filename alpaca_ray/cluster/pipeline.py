@@ -75,8 +75,15 @@ class Pipeline:
         """Have a stage made, unless it is done: follow its job if one runs, else submit one."""
         self._settle(stage)
         failures: list[Verdict] = []
-        while not self._is_done(stage):
-            attempt = self._running(stage) or self._submitted(stage)
+        while True:
+            # In this order. The table is newer than the ledger, so any job that comes later has our number, which Ray
+            # takes once. The manifest is looked for last: a job that the table shows as ended well has written it.
+            in_ledger = self._patiently(lambda: ledger.read(self.run)).last(stage)
+            in_table = self._in_table(stage)
+            if self._is_done(stage):
+                return
+            number = max([*in_table, in_ledger.number if in_ledger else 0]) + 1
+            attempt = self._running(stage, in_table) or self._submitted(stage, number)
             verdict = self._followed(attempt)
             if verdict.state == "succeeded" and not self._has_manifest(stage):
                 verdict = Verdict("failed", "it ended well and left no manifest", may_retry=True)
@@ -114,20 +121,22 @@ class Pipeline:
         place = f"{config_hash(getattr(self.config, stage))} {self.run.uri or self.run.root}"
         return f"{stage}-{hashlib.sha256(place.encode()).hexdigest()[:16]}-"
 
-    def _running(self, stage: str) -> Attempt | None:
-        """The stage's job that runs, if one does: of a pipeline that died, or of one beside this."""
+    def _in_table(self, stage: str) -> dict[int, Seen]:
         prefix = self._prefix(stage)
         there = self._patiently(lambda: self.jobs.find(prefix))
-        numbers = [int(name.removeprefix(prefix)) for name, seen in there.items() if seen.status not in ENDED]
+        return {int(name.removeprefix(prefix)): seen for name, seen in there.items()}
+
+    def _running(self, stage: str, in_table: Mapping[int, Seen]) -> Attempt | None:
+        """The stage's job that runs, if one does: of a pipeline that died, or of one beside this."""
+        numbers = [number for number, seen in in_table.items() if seen.status not in ENDED]
         if not numbers:
             return None
-        name = f"{prefix}{max(numbers)}"
-        self.say(f"pipeline: {stage} runs already as job {name}: following it")
-        return self._attempt(stage, max(numbers), there[name])
+        attempt = self._attempt(stage, max(numbers), in_table[max(numbers)])
+        self.say(f"pipeline: {stage} runs already as job {attempt.submission_id}: following it")
+        return attempt
 
-    def _submitted(self, stage: str) -> Attempt:
+    def _submitted(self, stage: str, number: int) -> Attempt:
         """The stage's next job. Where another pipeline was first, it is that one's."""
-        number = self._next_number(stage)
         attempt = self._attempt(stage, number, Seen("PENDING", self.now_s()))
         said = ""
         for _ in range(SUBMIT_TRIES):
@@ -150,12 +159,6 @@ class Pipeline:
         except Unreachable as error:
             return str(error).strip()
         return ""
-
-    def _next_number(self, stage: str) -> int:
-        prefix = self._prefix(stage)
-        known = [int(name.removeprefix(prefix)) for name in self._patiently(lambda: self.jobs.find(prefix))]
-        last = self._patiently(lambda: ledger.read(self.run)).last(stage)
-        return max([*known, last.number if last else 0]) + 1
 
     def _settle(self, stage: str) -> None:
         """Write down how an attempt ended that no pipeline saw the end of.

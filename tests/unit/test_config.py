@@ -99,6 +99,8 @@ OPERATIONAL: dict[str, Any] = {
     "evaluate.placement.num_cpus": 3,
     "evaluate.placement.num_gpus": 1,
     "evaluate.placement.label_selector": {"zone": "a"},
+    "pipeline.max_attempts": 7,
+    "pipeline.drivers": {"generate": {"num_cpus": 2}},
 }
 
 
