@@ -36,6 +36,10 @@ class Killed(BaseException):
     """SIGKILL to the pipeline: nothing of it runs any more."""
 
 
+def die() -> None:
+    raise Killed
+
+
 class Cluster:
     """Ray's job table. Jobs end as `outcomes` say, in order, then well; a job that ends well leaves its manifest."""
 
@@ -322,6 +326,27 @@ def test_pipelines_beside_each_other_make_each_stage_once(run: RunDirectory, see
         thread.join(300)
     assert not failures
     assert cluster.submitted() == Counter(generate=2, train=2, evaluate=1)
+
+
+def test_a_pipeline_that_is_overtaken_follows_the_other_ones_job(run: RunDirectory) -> None:
+    class Overtaken(Cluster):
+        """Behind the first look at the table another pipeline submits, writes that down, and is killed."""
+
+        is_overtaken = False
+
+        def find(self, prefix: str) -> dict[str, Seen]:
+            there = super().find(prefix)
+            if not self.is_overtaken:
+                self.is_overtaken = True
+                self.before = lambda call: die() if call == "look" and ledger.read(run).attempts else None
+                with pytest.raises(Killed):
+                    pipeline(self).make_all()
+                self.before = lambda _: None
+            return there
+
+    cluster = Overtaken(run, CONFIG)
+    pipeline(cluster).make_all()
+    assert cluster.submitted() == Counter(STAGES)
 
 
 @given(
