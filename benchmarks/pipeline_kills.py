@@ -117,6 +117,9 @@ class Site:
 def site(directory: Path, model: str) -> Iterator[Site]:
     """`model`: a directory, or embedded:NAME."""
     environment = PATIENT | {"OPENAI_API_KEY": API_KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = (
+        "0"  # a process at each start of the workers; no node is drained
+    )
     options = [] if model.startswith("embedded:") else list(SMALL)
     with Teacher() as teacher:
         cluster = local.start(directory / "head", NUM_CPUS, environment, timeout_s=300)
