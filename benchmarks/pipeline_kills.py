@@ -39,7 +39,7 @@ from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("pipeline", "stage", "stop")  # what is done, by turns
-KILLS_A_RUN = 5
+KILLS_A_RUN = 10  # all of them on one run, as long as it lasts
 POLL_S = 0.1
 DEADLINE_S = 1200.0
 STOP_S = 60.0  # a stage's job has to be stopped so soon after its pipeline
