@@ -307,7 +307,7 @@ def trial(directory: Path, model: str, kinds: Sequence[str], seed: int, num_quie
     rng, hurts, left = random.Random(seed), list[Outcome](), list(kinds)
     wrong: list[str] = []
     with site(directory, model) as here:
-        # As long as the others' names: a checkpoint holds its own path, so the sizes of its files tell the path's length.
+        # As long as the others' names: a checkpoint holds its own path, so the sizes of its files tell its length.
         names = [f"calm-{k + 1}" for k in range(num_quiet)]
         quiet = [undisturbed(here, name) for name in names]
         expected = alike([hashes(here.run(name)) for name in names]) if names else {}
