@@ -135,11 +135,14 @@ class _Tail:
             *lines, rest = (rest + text).split("\n")
             for line in lines:
                 number += 1
-                if number > self._written:
-                    self._write(line)
-                    self._written = number
-        if rest and number == self._written:
-            self._write(rest)
+                self._write_once(number, line)
+        if rest:
+            self._write_once(number + 1, rest)
+
+    def _write_once(self, number: int, line: str) -> None:
+        if number > self._written:
+            self._write(line)
+            self._written = number
 
 
 @contextlib.contextmanager
