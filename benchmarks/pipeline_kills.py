@@ -144,7 +144,8 @@ class Outcome:
     took_s: float
     kills: list[tuple[str, str]] = field(default_factory=list)  # what was done, and in which stage
     pipelines: int = 1
-    stage_left_by_a_stop: int = 0  # jobs of stages that went on after `ray job stop` of the pipeline
+    stage_left_by_a_stop: int = 0  # stages that went on after `ray job stop` of a pipeline that had begun
+    stopped_too_soon: int = 0  # pipelines stopped in the seconds before their first line: nothing of theirs heard it
     manifests_rewritten: int = 0
     overlaps: int = 0  # jobs of one stage that began before the one before had ended
     succeeded: Counter[str] = field(default_factory=Counter)  # jobs of each stage that ended well
@@ -196,9 +197,12 @@ def hurt(site: Site, name: str, job: str, planned: tuple[int, float, str], outco
     kind = planned[2]
     at_work = next((stage for stage in reversed(STAGES) if site.driver(stage)), "none")
     if kind == "stop":
+        has_begun = "pipeline: " in site.client.get_job_logs(job)
+        running = [one.submission_id for one in site.stage_jobs(name) if not one.status.is_terminal()]
         site.client.stop_job(job)
         site.wait_for_end(job)
-        outcome.stage_left_by_a_stop += not stops(site, name)
+        outcome.stage_left_by_a_stop += has_begun and not stops(site, running)
+        outcome.stopped_too_soon += not has_begun
     else:
         process = site.driver("pipeline" if kind == "pipeline" else at_work)
         if process is None:
@@ -211,14 +215,14 @@ def hurt(site: Site, name: str, job: str, planned: tuple[int, float, str], outco
     return kind, at_work
 
 
-def stops(site: Site, name: str) -> bool:
-    """Whether no job of the run's stages runs any more, after a moment."""
+def stops(site: Site, running: Sequence[str]) -> bool:
+    """Whether all these jobs are stopped soon; one that ends well by itself is not."""
     until_s = time.monotonic() + STOP_S
     while time.monotonic() < until_s:
-        if all(job.status.is_terminal() for job in site.stage_jobs(name)):
-            return True
+        if all(site.status(job) in ("STOPPED", "SUCCEEDED", "FAILED") for job in running):
+            break
         time.sleep(POLL_S)
-    return False
+    return all(site.status(job) == "STOPPED" for job in running)
 
 
 def note_manifests(run: RunDirectory, known: dict[str, bytes], outcome: Outcome | None = None) -> None:
@@ -286,7 +290,8 @@ def rows(kills: int, quiet: Sequence[Outcome], hurts: Sequence[Outcome], expecte
         row("finished_stages_repeated", repeated, "stages", "0", repeated == 0),
         row("jobs_of_one_stage_at_once", sum(o.overlaps for o in hurts), "jobs", "0",
             all(o.overlaps == 0 for o in hurts)),
-        row("stages_that_outlived_a_stop", left, f"of {stops} stops", "0", left == 0),
+        row("stages_that_outlived_a_stop", left, f"of {stops} stops", "0", left == 0,
+            stopped_before_it_began=sum(o.stopped_too_soon for o in hurts)),
         row("records_with_the_key", sum(o.leaks for o in [*quiet, *hurts]), "jobs and ledgers", "0",
             all(o.leaks == 0 for o in [*quiet, *hurts])),
         row("run_s", round(hurt_s, 1), "s", "measured", True, peer=quiet_s,

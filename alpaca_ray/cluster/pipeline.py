@@ -68,10 +68,14 @@ class Pipeline:
 
     def make_all(self) -> None:
         """Raises StageFailed, Stopped, and UserError for what a user has to mend."""
-        for stage in STAGES:
-            self.make(stage)
+        try:
+            for stage in STAGES:
+                self._make(stage)
+        except Stopped:
+            self._stop_jobs()
+            raise
 
-    def make(self, stage: str) -> None:
+    def _make(self, stage: str) -> None:
         """Have a stage made, unless it is done: follow its job if one runs, else submit one."""
         self._settle(stage)
         failures: list[Verdict] = []
@@ -79,11 +83,14 @@ class Pipeline:
             # In this order. The table is newer than the ledger, so any job that comes later has our number, which Ray
             # takes once. The manifest is looked for last: a job that the table shows as ended well has written it.
             in_ledger = self._patiently(lambda: ledger.read(self.run)).last(stage)
-            in_table = self._in_table(stage)
+            in_table = self._patiently(lambda: self._in_table(stage))
             if self._is_done(stage):
                 return
             number = max([*in_table, in_ledger.number if in_ledger else 0]) + 1
-            attempt = self._running(stage, in_table) or self._submitted(stage, number)
+            running = self._running(stage, in_table)
+            if running is not None:
+                self.say(f"pipeline: {stage} runs already as job {running.submission_id}: following it")
+            attempt = running or self._submitted(stage, number)
             verdict = self._followed(attempt)
             if verdict.state == "succeeded" and not self._has_manifest(stage):
                 verdict = Verdict("failed", "it ended well and left no manifest", may_retry=True)
@@ -123,17 +130,12 @@ class Pipeline:
 
     def _in_table(self, stage: str) -> dict[int, Seen]:
         prefix = self._prefix(stage)
-        there = self._patiently(lambda: self.jobs.find(prefix))
-        return {int(name.removeprefix(prefix)): seen for name, seen in there.items()}
+        return {int(name.removeprefix(prefix)): seen for name, seen in self.jobs.find(prefix).items()}
 
     def _running(self, stage: str, in_table: Mapping[int, Seen]) -> Attempt | None:
         """The stage's job that runs, if one does: of a pipeline that died, or of one beside this."""
         numbers = [number for number, seen in in_table.items() if seen.status not in ENDED]
-        if not numbers:
-            return None
-        attempt = self._attempt(stage, max(numbers), in_table[max(numbers)])
-        self.say(f"pipeline: {stage} runs already as job {attempt.submission_id}: following it")
-        return attempt
+        return self._attempt(stage, max(numbers), in_table[max(numbers)]) if numbers else None
 
     def _submitted(self, stage: str, number: int) -> Attempt:
         """The stage's next job. Where another pipeline was first, it is that one's."""
@@ -142,11 +144,10 @@ class Pipeline:
         for _ in range(SUBMIT_TRIES):
             self._check_stop()
             said = self._submit(attempt)
-            with self._stopping(attempt):
-                seen = self._patiently(lambda: self.jobs.look(attempt.submission_id))
-                if seen is not None:
-                    return self._attempt(stage, number, seen)
-                self._wait(RETRY_PAUSE_S)
+            seen = self._patiently(lambda: self.jobs.look(attempt.submission_id))
+            if seen is not None:
+                return self._attempt(stage, number, seen)
+            self._wait(RETRY_PAUSE_S)
         raise StageFailed(f"stage {stage}: Ray takes no job: {said[-2000:]}")
 
     def _submit(self, attempt: Attempt) -> str:
@@ -196,21 +197,11 @@ class Pipeline:
     def _followed(self, attempt: Attempt) -> Verdict:
         """Pass the job's log on until it ends; then write down how."""
         self._record(attempt)
-        following = self.jobs.log(attempt.submission_id, lambda line: self.say(f"[{attempt.stage}] {line}"))
-        with following, self._stopping(attempt):
+        with self.jobs.log(attempt.submission_id, lambda line: self.say(f"[{attempt.stage}] {line}")):
             seen = self._ended(attempt)
         verdict = judge(seen)
         self._record(self._outcome(attempt, seen, verdict))
         return verdict
-
-    @contextlib.contextmanager
-    def _stopping(self, attempt: Attempt) -> Iterator[None]:
-        """A pipeline that is stopped in here stops this job first."""
-        try:
-            yield
-        except Stopped:
-            self._stop_job(attempt)
-            raise
 
     def _ended(self, attempt: Attempt) -> Seen | None:
         """The job when it has ended; None if the cluster has forgotten it."""
@@ -224,17 +215,20 @@ class Pipeline:
                 self._record(attempt.model_copy(update={"seen_s": written_s}))
             self._wait(POLL_S)
 
-    def _stop_job(self, attempt: Attempt) -> None:
-        """Stop the stage's job with this one; what it did stays, and the next pipeline goes on from it."""
-        until_s = time.monotonic() + STOP_S
-        while time.monotonic() < until_s:
+    def _stop_jobs(self) -> None:
+        """Stop with this pipeline the job that runs, whoever submitted it. What it did stays, and the next goes on."""
+        until_s = self.now_s() + STOP_S
+        while self.now_s() < until_s:
             with contextlib.suppress(Unreachable):
-                if self.jobs.stop(attempt.submission_id):
-                    break
-            time.sleep(0.1)  # no supervisor yet: the job was submitted a moment ago
-        now_s = self.now_s()
-        stopped = {"state": "stopped", "reason": "the pipeline was stopped", "seen_s": now_s, "ended_s": now_s}
-        self._record(attempt.model_copy(update=stopped))
+                running = [found for stage in STAGES if (found := self._running(stage, self._in_table(stage)))]
+                stopped = [attempt for attempt in running if self.jobs.stop(attempt.submission_id)]
+                for attempt in stopped:
+                    now_s, reason = self.now_s(), "the pipeline was stopped"
+                    known = {"state": "stopped", "reason": reason, "seen_s": now_s, "ended_s": now_s}
+                    self._record(attempt.model_copy(update=known))
+                if len(stopped) == len(running):
+                    return
+            self.sleep(STOP_POLL_S)  # no supervisor yet: it was submitted a moment ago
 
     def _attempt(self, stage: str, number: int, seen: Seen) -> Attempt:
         return Attempt(
@@ -292,10 +286,10 @@ class Pipeline:
 
 
 @contextlib.contextmanager
-def stopped_by_sigterm(stop: Stop) -> Iterator[None]:
+def stopped_by_sigterm(stop: Stop) -> Iterator[Stop]:
     """`ray job stop` sends SIGTERM, and SIGKILL after 3 s. A request under way is finished first."""
     before = signal.signal(signal.SIGTERM, lambda *_: setattr(stop, "is_set", True))
     try:
-        yield
+        yield stop
     finally:
         signal.signal(signal.SIGTERM, before)

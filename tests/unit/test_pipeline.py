@@ -247,6 +247,21 @@ def test_a_stopped_pipeline_stops_its_stage_and_the_next_goes_on(run: RunDirecto
     assert cluster.submitted() == Counter(generate=1, train=2, evaluate=1)
 
 
+def test_a_pipeline_that_is_stopped_before_it_has_looked_stops_what_a_dead_one_left(run: RunDirectory) -> None:
+    cluster = Cluster(run, CONFIG)
+    cluster.before = lambda call: die() if call == "look" and cluster.running("train") else None
+    with pytest.raises(Killed):
+        pipeline(cluster).make_all()
+    assert cluster.running("train")
+    cluster.before = lambda _: None
+    second = pipeline(cluster)
+    stop(second)
+    with pytest.raises(Stopped):
+        second.make_all()
+    assert not cluster.running("")
+    assert attempts(run)[-1] == ("train", 1, "stopped")
+
+
 def test_a_pipeline_that_is_stopped_while_it_submits_leaves_no_job_behind(run: RunDirectory) -> None:
     cluster = Cluster(run, CONFIG)
     first = pipeline(cluster)
