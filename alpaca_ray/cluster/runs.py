@@ -60,7 +60,8 @@ def to_json(states: Sequence[StageState]) -> str:
 
 def _of_run(run: RunDirectory, now_s: float) -> list[StageState]:
     """Empty for a directory that is no run's."""
-    begun = yaml.safe_load(run.read_bytes("config.yaml"))["begun"] if run.exists("config.yaml") else {}
+    config = yaml.safe_load(run.read_bytes("config.yaml")) if run.exists("config.yaml") else {}
+    begun = config.get("begun", {}) if isinstance(config, dict) else {}
     known = ledger.read(run)
     found = [_of_stage(run, stage, stage in begun, known, now_s) for stage in STAGES]
     return found if any(state.state != "not begun" for state in found) else []

@@ -32,7 +32,7 @@ def storage(tmp_path: Path) -> Path:
     ledger.put(first, attempt("train", "failed", reason="the driver was killed by SIGKILL"))
     second = open_run(str(tmp_path), "second")
     second.write_bytes("config.yaml", yaml.safe_dump({"begun": {"generate": {}}}).encode())
-    (tmp_path / "no_run").mkdir()
+    open_run(str(tmp_path), "no_run").write_bytes("config.yaml", b"of: something else")
     (tmp_path / "a_file").touch()
     return tmp_path
 
