@@ -45,10 +45,14 @@ class RunDirectory:
 
         The hash stands in the URI, so that a cached copy of what lay there before is not taken for it.
         """
+        return self.path(relative) if self.uri is None else f"{self.place(relative)}#{content_hash}"
+
+    def place(self, relative: str) -> str:
+        """Where a file lies, for people and other programs: a local path, or a URI."""
         if self.uri is None:
             return self.path(relative)
         location, mark, options = self.uri.partition("?")
-        return f"{location}/{relative}{mark}{options}#{content_hash}"
+        return f"{location}/{relative}{mark}{options}"
 
     def exists(self, relative: str) -> bool:
         """Whether a file or directory stands there."""
@@ -135,6 +139,14 @@ def open_run(storage_path: str, name: str) -> RunDirectory:
     return RunDirectory(pa.fs.LocalFileSystem(), str(local.absolute() / name))
 
 
+def open_runs(storage_path: str) -> list[RunDirectory]:
+    """The directories of a storage path, by name; none where there is no such path. Raises UserError like open_run."""
+    place = open_run(storage_path, "any")
+    parent = pa.fs.FileSelector(place.root.rpartition("/")[0], allow_not_found=True)
+    names = (info.base_name for info in place.fs.get_file_info(parent) if info.type == pa.fs.FileType.Directory)
+    return [open_run(storage_path, name) for name in sorted(names)]
+
+
 @dataclass
 class Stage:
     """One stage of a run. `manifest` is that of an earlier, finished run of it; None: there is work to do."""
@@ -173,10 +185,9 @@ def begin_stage(run: RunDirectory, config: RunConfig, name: str, inputs: Mapping
 
     Raises UserError naming the fields if the stage was begun or finished with another config or other inputs.
     """
-    asked = {name: result_fields(getattr(config, name)), "input": dict(inputs)}
-    if run.exists(f"{name}/manifest.json"):
-        manifest = run.read_json(f"{name}/manifest.json")
-        _refuse_change(run, name, {name: manifest["config"], "input": manifest["inputs"]}, asked)
+    asked = _asked(config, name, inputs)
+    manifest = done(run, config, name, inputs)
+    if manifest is not None:
         return Stage(name, config, run, inputs, manifest)
     record = yaml.safe_load(run.read_bytes("config.yaml")) if run.exists("config.yaml") else {"begun": {}}
     if name in record["begun"]:
@@ -191,6 +202,16 @@ def begin_stage(run: RunDirectory, config: RunConfig, name: str, inputs: Mapping
     return Stage(name, config, run, inputs)
 
 
+def done(run: RunDirectory, config: RunConfig, name: str, inputs: Mapping[str, str]) -> dict[str, Any] | None:
+    """The manifest of a stage that is done as it is asked for, or None. Raises UserError if it was done otherwise."""
+    if not run.exists(f"{name}/manifest.json"):
+        return None
+    manifest: dict[str, Any] = run.read_json(f"{name}/manifest.json")
+    made = {name: manifest["config"], "input": manifest["inputs"]}
+    _refuse_change(run, name, made, _asked(config, name, inputs))
+    return manifest
+
+
 def finished(run: RunDirectory, name: str) -> dict[str, Any]:
     """The manifest of a stage that another one builds on. Raises UserError if that stage is not done."""
     if not run.exists(f"{name}/manifest.json"):
@@ -202,6 +223,10 @@ def finished(run: RunDirectory, name: str) -> dict[str, Any]:
 def table_hash(table: pa.Table) -> str:
     """SHA-256 over a table's rows as JSON, first 16 digits: equal rows are equal, however they are compressed."""
     return hashlib.sha256(json.dumps(table.to_pylist(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _asked(config: RunConfig, name: str, inputs: Mapping[str, str]) -> dict[str, Any]:
+    return {name: result_fields(getattr(config, name)), "input": dict(inputs)}
 
 
 def _refuse_change(run: RunDirectory, name: str, recorded: Mapping[str, Any], asked: Mapping[str, Any]) -> None:

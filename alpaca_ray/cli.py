@@ -1,10 +1,11 @@
-"""`alpaca-ray`: doctor, demo, down, estimate, diff, detect, lint, cluster, keys; and how jobs begin and end."""
+"""`alpaca-ray`: doctor, demo, down, runs, estimate, diff, detect, lint, cluster, keys; and how jobs begin and end."""
 
 import argparse
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -64,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--directory", default=".demo", help="where cluster, runs and logs go (default: %(default)s)")
     down = commands.add_parser("down", help="end what the demo left running")
     down.add_argument("--directory", default=".demo", help="as given to the demo (default: %(default)s)")
+    runs = commands.add_parser("runs", help="the runs of a storage path: stage, state, counts, cost, where")
+    runs.add_argument("storage_path", help="as jobs take it: a directory, or a URI such as s3://bucket/runs")
+    runs.add_argument("--json", action="store_true", help="all that is known, as JSON")
     estimate = commands.add_parser(
         "estimate",
         help="memory, time and cost of a run before it starts; exit code 1 if training cannot fit",
@@ -136,6 +140,14 @@ def _down(arguments: argparse.Namespace) -> int:
     from alpaca_ray import demo
 
     return demo.down(Path(arguments.directory))
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from alpaca_ray.cluster import runs
+
+    states = runs.states(arguments.storage_path, time.time())
+    print(runs.to_json(states) if arguments.json else runs.render(states))
+    return 0
 
 
 def _estimate(arguments: argparse.Namespace) -> int:
@@ -248,6 +260,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "demo": _demo,
     "down": _down,
+    "runs": _runs,
     "estimate": _estimate,
     "diff": _diff,
     "detect": _detect,

@@ -187,6 +187,13 @@ class EvaluateConfig(Strict):
     placement: Annotated[Placement, OPERATIONAL] = Placement()
 
 
+class PipelineConfig(Strict):
+    """How jobs/pipeline.py submits the stages."""
+
+    max_attempts: PositiveInt = 3  # of a stage that loses its driver or nodes; each goes on where the last one ended
+    drivers: dict[Literal["generate", "train", "evaluate"], Placement] = {}  # of those not named: on the head
+
+
 class RunConfig(Strict):
     """A whole run: `<storage_path>/<name>/` holds what its stages make."""
 
@@ -195,6 +202,7 @@ class RunConfig(Strict):
     generate: GenerateConfig
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    pipeline: Annotated[PipelineConfig, OPERATIONAL] = PipelineConfig()
 
 
 class AdmissionConfig(Strict):

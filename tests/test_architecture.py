@@ -38,7 +38,7 @@ TORCH_FILES = re.compile(
 # A room may import rooms of a lower level only; config and schema share the lowest.
 LEVELS = {
     "config": 0, "schema": 1, "settings": 1, "yaml_lines": 1,
-    "prompts": 2, "artifacts": 2, "models": 2, "provider": 3, "safety": 3,
+    "prompts": 2, "artifacts": 2, "models": 2, "inputs": 3, "provider": 3, "safety": 3,
     "generate": 4, "train": 4, "evaluate": 4, "serve": 4, "web": 4, "cluster": 4, "doctor": 3,
     "demo": 5, "lint": 5, "cli": 6, "jobs": 7,
 }  # fmt: skip

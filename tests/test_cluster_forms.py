@@ -115,7 +115,9 @@ def test_ray_sees_the_shipped_groups_in_the_twin(sources: Sources) -> None:
         assert resources.get("CPU", 0) == min(shipped[name][0].get("CPU", 0), sources.scale.num_cpus)
 
 
-@pytest.mark.parametrize("name", ["raycluster", "rayjob-generate", "rayjob-train", "rayjob-evaluate", "rayservice"])
+@pytest.mark.parametrize(
+    "name", ["raycluster", "rayjob-generate", "rayjob-train", "rayjob-evaluate", "rayjob-pipeline", "rayservice"]
+)
 def test_kuberay_knows_every_field(name: str, schemas: Content) -> None:
     assert validate(ROOT / "deploy" / "kuberay" / f"{name}.yaml", schemas) == []
 
@@ -179,8 +181,9 @@ def test_secrets_are_names_everywhere(sources: Sources) -> None:
             }
 
 
-def test_a_job_has_only_the_groups_of_its_stage(sources: Sources) -> None:
-    for stage, wanted in (("generate", ["generate"]), ("train", ["train"]), ("evaluate", ["train"])):
+def test_a_job_has_only_the_groups_of_its_stages(sources: Sources) -> None:
+    own = {"generate": ["generate"], "train": ["train"], "evaluate": ["train"], "pipeline": ["generate", "train"]}
+    for stage, wanted in own.items():
         spec = parsed(sources, "kuberay", f"rayjob-{stage}.yaml")["spec"]
         assert [group["groupName"] for group in spec["rayClusterSpec"]["workerGroupSpecs"]] == wanted
         assert spec["shutdownAfterJobFinishes"]

@@ -1,4 +1,4 @@
-"""cluster.yaml for KubeRay: a RayCluster with all groups, a RayJob for each stage, a RayService for the server.
+"""cluster.yaml for KubeRay: a RayCluster with all groups, RayJobs for the pipeline and each stage, a RayService.
 
 A RayJob has a cluster of its own with the groups its stage selects, which ends with it: nothing is left that costs
 money, and KubeRay tries again on a new one. The stages resume.
@@ -35,11 +35,11 @@ def render_kuberay(definition: Manifest, run: RunConfig, serve_config: Manifest)
     name = definition["cluster_name"]
     workers = sorted(definition["available_node_types"].keys() - {definition["head_node_type"]})
     manifests = {"raycluster": _manifest("RayCluster", name, _cluster(definition, options, workers, durable=True))}
-    for stage in STAGES:
-        placement: Placement = getattr(run, stage).placement
-        groups = [_group_of(placement.label_selector, definition, f"recipe {options.recipe}: {stage}")]
-        spec = _job(stage, options) | {"rayClusterSpec": _cluster(definition, options, groups, durable=False)}
-        manifests[f"rayjob-{stage}"] = _manifest("RayJob", f"{name}-{stage}", spec)
+    groups = {stage: [_group_of_stage(stage, run, definition, options)] for stage in STAGES}
+    groups["pipeline"] = sorted({group for own in groups.values() for group in own})
+    for job, own in groups.items():
+        spec = _job(job, options) | {"rayClusterSpec": _cluster(definition, options, own, durable=False)}
+        manifests[f"rayjob-{job}"] = _manifest("RayJob", f"{name}-{job}", spec)
     server = _cluster(definition, options, [_group_of({GROUP: "serve"}, definition, "the server")], durable=True)
     spec = {
         "rayClusterConfig": server,
@@ -51,6 +51,11 @@ def render_kuberay(definition: Manifest, run: RunConfig, serve_config: Manifest)
 
 def _manifest(kind: str, name: str, spec: Manifest) -> Manifest:
     return {"apiVersion": API, "kind": kind, "metadata": {"name": name}, "spec": spec}
+
+
+def _group_of_stage(stage: str, run: RunConfig, definition: Manifest, options: RenderOptions) -> str:
+    placement: Placement = getattr(run, stage).placement
+    return _group_of(placement.label_selector, definition, f"recipe {options.recipe}: {stage}")
 
 
 def _group_of(selector: dict[str, str], definition: Manifest, who: str) -> str:

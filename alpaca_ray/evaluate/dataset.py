@@ -20,7 +20,8 @@ from alpaca_ray.config import EvaluateConfig, UserError
 from alpaca_ray.evaluate.report import render
 from alpaca_ray.evaluate.scores import compare_losses, response_scores
 from alpaca_ray.evaluate.worker import LOSSES, RESPONSES, WORK_SCHEMA, ModelWorker, loss_of, response_of
-from alpaca_ray.schema import EvaluationTask, Example, as_examples, content_hash, read_evaluation_tasks
+from alpaca_ray.inputs import evaluated_tasks, of_evaluate
+from alpaca_ray.schema import Example, as_examples
 
 log = logging.getLogger("alpaca_ray")
 
@@ -31,8 +32,7 @@ Results = dict[tuple[str, str], list[dict[str, Any]]]  # (model, part) -> rows o
 
 def inputs(run: RunDirectory, config: EvaluateConfig) -> dict[str, str]:
     """What the stage starts from. Raises UserError if train is not done or the instructions cannot be used."""
-    trained = finished(run, "train")
-    return {"model": trained["outputs"]["model"], "instructions": content_hash(_tasks(config))}
+    return of_evaluate(run, config)
 
 
 def evaluate(stage: Stage) -> None:
@@ -50,14 +50,10 @@ def evaluate(stage: Stage) -> None:
     _write(stage, _scores(results, base_model), _side_by_side(parts[RESPONSES], results))
 
 
-def _tasks(config: EvaluateConfig) -> list[EvaluationTask]:
-    return read_evaluation_tasks(config.instructions)[: config.num_instructions]
-
-
 def _parts(stage: Stage) -> dict[str, list[Example]]:
     """The examples of each part. The losses stand first: a worker then changes its precision once."""
     heldout = [Example(**row) for row in stage.run.read_table("train/heldout.parquet").to_pylist()]
-    reference = as_examples(_tasks(stage.config.evaluate))
+    reference = as_examples(evaluated_tasks(stage.config.evaluate))
     return {"heldout": heldout, "reference": reference, RESPONSES: reference}
 
 

@@ -18,6 +18,7 @@ from alpaca_ray.generate.harvest import Harvest
 from alpaca_ray.generate.outputs import write_outputs
 from alpaca_ray.generate.plan import plan_request, request_form, round_size
 from alpaca_ray.generate.progress import Figures, Progress
+from alpaca_ray.inputs import of_generate
 from alpaca_ray.provider.batch import answer_batch, refuse_pending
 from alpaca_ray.provider.budget import Estimate, PilotRow, estimate, price_of
 from alpaca_ray.provider.client import check_access
@@ -32,7 +33,6 @@ from alpaca_ray.schema import (
     REJECT_SCHEMA,
     REQUEST_SCHEMA,
     SeedTask,
-    content_hash,
     read_evaluation_tasks,
     read_seed_tasks,
 )
@@ -48,10 +48,7 @@ Rows = list[dict[str, Any]]
 def inputs(config: GenerateConfig) -> dict[str, str]:
     """What the stage starts from. Raises UserError for a file that cannot be used and for an unknown filter."""
     check_filter_names(config.skip_filters)
-    return {
-        "seed_tasks": content_hash(read_seed_tasks(config.seed_tasks)),
-        "evaluation_tasks": content_hash(read_evaluation_tasks(config.evaluation_tasks)),
-    }
+    return of_generate(config)
 
 
 def generate(stage: Stage) -> None:

@@ -25,6 +25,7 @@ class Demand:
 
 def of_recipe(config: RunConfig) -> list[Demand]:
     """What the stages ask for at least: an elastic training starts with its fewest workers."""
+    drivers = ((("pipeline", "drivers", stage), asked) for stage, asked in config.pipeline.drivers.items())
     return [
         Demand(
             ("generate", "placement"), config.generate.placement, config.generate.num_actors, ("generate", "num_actors")
@@ -32,6 +33,7 @@ def of_recipe(config: RunConfig) -> list[Demand]:
         Demand(("train", "placement"), config.train.placement, config.train.workers[0], ("train", "num_workers")),
         # Base and trained model at once, an actor each.
         Demand(("evaluate", "placement"), config.evaluate.placement, 2, ("evaluate", "placement")),
+        *(Demand(path, placement, 1, path) for path, placement in drivers),
     ]
 
 

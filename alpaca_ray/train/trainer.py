@@ -17,8 +17,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from alpaca_ray import models
-from alpaca_ray.artifacts import RunDirectory, Stage, finished
+from alpaca_ray.artifacts import RunDirectory, Stage
 from alpaca_ray.config import TrainConfig, UserError
+from alpaca_ray.inputs import of_train
 from alpaca_ray.schema import EXAMPLE_SCHEMA, Example
 from alpaca_ray.train import checkpoint, deepspeed, metrics, report, trackers
 from alpaca_ray.train.elastic import StartLimit, no_room
@@ -42,7 +43,7 @@ GROUP_START_TIMEOUT_S = 15.0
 
 def inputs(run: RunDirectory) -> dict[str, str]:
     """What the stage starts from. Raises UserError if there is no finished dataset."""
-    return {"dataset": finished(run, "generate")["outputs"]["dataset.parquet"]}
+    return of_train(run)
 
 
 def train(

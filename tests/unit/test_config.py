@@ -99,6 +99,8 @@ OPERATIONAL: dict[str, Any] = {
     "evaluate.placement.num_cpus": 3,
     "evaluate.placement.num_gpus": 1,
     "evaluate.placement.label_selector": {"zone": "a"},
+    "pipeline.max_attempts": 7,
+    "pipeline.drivers": {"generate": {"num_cpus": 2, "num_gpus": 0, "label_selector": {}}},
 }
 
 
@@ -118,6 +120,10 @@ def defaults() -> RunConfig:
 
 def value_of(config: BaseModel, dotted: str) -> Any:
     value: Any = functools.reduce(getattr, dotted.split("."), config)
+    return {name: plain(each) for name, each in value.items()} if isinstance(value, dict) else plain(value)
+
+
+def plain(value: Any) -> Any:
     return value.model_dump() if isinstance(value, BaseModel) else value
 
 
