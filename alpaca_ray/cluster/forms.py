@@ -89,7 +89,10 @@ def _up(arguments: argparse.Namespace) -> int:
         return 0
     twin.down(directory)  # what a head that died has left
     definition = read_definition(arguments.file)
-    print(f"the twin is up: {twin.describe(twin.up(directory, definition, arguments.num_cpus))}")
+    cluster, most = twin.up(directory, definition, arguments.num_cpus), twin.most_nodes(definition)
+    print(f"the twin is up: {twin.describe(cluster)}")
+    if twin.limit(cluster) < most:
+        print(f"note: memory for {twin.limit(cluster)} nodes at once; {arguments.file} lets there be {most}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The local twin: a real head under Ray's autoscaler on this machine, and the groups of cluster.yaml as fake nodes."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from alpaca_ray.cluster import local
 from alpaca_ray.cluster.render_local import LocalScale, head_environment, render_local
 from alpaca_ray.config import UserError
 
-# What a fake node takes before any work: raylet, two agents and a log monitor; and the head with its dashboard.
-NODE_MB, HEAD_MB = 400, 1500
+# What a fake node takes before any work (raylet, two agents, log monitor: 222 MB), and the head with its dashboard
+# (918 MB).
+NODE_MB, HEAD_MB = 250, 1000
 START_TIMEOUT_S = 300.0
 
 
@@ -75,10 +77,15 @@ def down(directory: Path) -> bool:
     return True
 
 
+def limit(cluster: local.LocalCluster) -> int:
+    """Nodes that this twin has at most at once."""
+    most: int = _config(cluster)["max_workers"]
+    return most
+
+
 def describe(cluster: local.LocalCluster) -> str:
     """Where it is, what it may grow to, and how Ray's own commands reach it."""
-    directory = Path(cluster.directory)
-    config = yaml.safe_load((directory / "autoscaling.yaml").read_text(encoding="utf-8"))
+    config = _config(cluster)
     lines = [f"dashboard {cluster.dashboard}; at most {config['max_workers']} nodes at once:"]
     for name, kind in config["available_node_types"].items():
         if name != config["head_node_type"]:
@@ -88,10 +95,16 @@ def describe(cluster: local.LocalCluster) -> str:
             lines.append(f"  {name:<10} {kind['min_workers']} to {kind['max_workers']} nodes of {resources}")
     exports = {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(directory / "token"),
+        "RAY_AUTH_TOKEN_PATH": str(Path(cluster.directory) / "token"),
         "RAY_ADDRESS": f"127.0.0.1:{cluster.gcs_port}",
         "RAY_API_SERVER_ADDRESS": cluster.dashboard,
         "RAY_DASHBOARD_ADDRESS": cluster.dashboard,
     }
-    lines += [f"export {name}={value}" for name, value in exports.items()]
-    return "\n".join([*lines, "# then: ray status, ray job submit, serve deploy"])
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in exports.items()]
+    return "\n".join(lines)
+
+
+def _config(cluster: local.LocalCluster) -> dict[str, Any]:
+    text = (Path(cluster.directory) / "autoscaling.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config

@@ -40,7 +40,7 @@ def test_generation_grows_to_two_cpu_nodes_and_back_and_starts_no_other(here: Tw
 
 
 def test_training_grows_its_own_group_and_leaves_it_empty(here: Twin) -> None:
-    assert train(here).started == {"train": 1}
+    assert set(train(here).started) == {"train"}  # it may idle between the stage's steps, for the twin's 5 s
 
 
 def test_the_shipped_recipe_finds_room_for_two_nodes_of_gpus(here: Twin) -> None:
