@@ -1,9 +1,10 @@
 """How the shipped groups grow and shrink: the local twin of cluster.yaml, under Ray's real autoscaler.
 
-python benchmarks/twin.py [--quick] [--parts generate train room serve] [--repeats 5]
+python benchmarks/twin.py [--quick] [--parts generate train evaluate room serve] [--repeats 5]
 
 generate  jobs/generate.py with the shipped recipe's labels: 0 -> 2 -> 0 CPU nodes, and no GPU node at any time
 train     jobs/train.py with the shipped recipe's labels, on CPUs, for a fake node's GPUs are names: 0 -> 1 -> 0
+evaluate  jobs/evaluate.py on such a run, likewise; by turns with train, whose group it shares
 room      what the shipped recipe's trainer asks for, 16 times {CPU 8, GPU 1}, without the training: 0 -> 2 -> 0
 serve     an application without replicas: its first request waits for a node, a replica and the model; then back to 0
 
@@ -82,6 +83,7 @@ class Twin:
     def __init__(self, cluster: local.LocalCluster, directory: Path) -> None:
         self.cluster, self.directory = cluster, directory
         self.model = write_tiny_model(directory / "model", alphabet=READABLE)
+        self.trained: list[list[str]] = []  # options of runs that `evaluate` may go on with
         self._names = iter(range(10**6))
 
     def storage(self) -> Path:
@@ -132,7 +134,8 @@ class Twin:
         """`ray job submit`, to its end; when that was, seconds since the epoch."""
         local.submit(self.cluster, name, ["python", *entrypoint], ROOT)
         jobs = local.ask_dashboard(self.cluster, "/api/jobs/")
-        return max(job["end_time"] for job in jobs if str(job["submission_id"]).startswith(f"{name}-")) / 1000
+        ends = [int(job["end_time"]) for job in jobs if str(job["submission_id"]).startswith(f"{name}-")]
+        return max(ends) / 1000
 
 
 class HeldTeacher(Teacher):
@@ -184,7 +187,20 @@ def train(here: Twin) -> Growth:
     ]  # fmt: skip
     config = load_config(options)
     finish_generate(open_run(config.storage_path, config.name), config, dataset(13))
-    return here.growth("train", 1, lambda: here.submit("train", "jobs/train.py", *options), lambda: None)
+    found = here.growth("train", 1, lambda: here.submit("train", "jobs/train.py", *options), lambda: None)
+    here.trained.append(options)
+    return found
+
+
+def evaluate(here: Twin) -> Growth:
+    """A whole evaluate stage on a run that was trained, or is trained first."""
+    if not here.trained:
+        train(here)
+    options = [
+        "jobs/evaluate.py", *here.trained.pop(), "--evaluate.num-instructions", "2", "--evaluate.max-new-tokens", "4",
+        "--evaluate.placement.num-cpus", "1", "--evaluate.placement.num-gpus", "0",
+    ]  # fmt: skip
+    return here.growth("train", 1, lambda: here.submit("evaluate", *options), lambda: None)
 
 
 def room(here: Twin) -> Growth:
@@ -225,6 +241,7 @@ def deploy(here: Twin) -> None:
 PARTS: dict[str, tuple[Callable[[Twin], Growth], str]] = {  # and the group that may start nodes
     "generate": (generate, "generate"),
     "train": (train, "train"),
+    "evaluate": (evaluate, "train"),
     "room": (room, "train"),
     "serve": (serve, "serve"),
 }

@@ -65,7 +65,7 @@ def most_nodes(definition: dict[str, Any]) -> int:
     """Nodes that the definition lets there be at once, the head not counted."""
     most: int = definition["max_workers"]
     groups = [kind for name, kind in definition["available_node_types"].items() if name != definition["head_node_type"]]
-    return min(most, sum(kind.get("max_workers", most) for kind in groups))
+    return min(most, sum(int(kind.get("max_workers", most)) for kind in groups))
 
 
 def down(directory: Path) -> bool:

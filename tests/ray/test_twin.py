@@ -1,6 +1,6 @@
 """The shipped groups on the local twin: each stage starts nodes of its own group, and none stays.
 
-`benchmarks/twin.py` does the same five times over and keeps the times.
+`benchmarks/twin.py` does the same five times over, with whole stages of training and evaluation, and keeps the times.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from alpaca_ray import cli
 from alpaca_ray.cluster import local, twin
-from benchmarks.twin import ENVIRONMENT, ROOT, Twin, ask, generate, room, serve, train
+from benchmarks.twin import ENVIRONMENT, GROUP, ROOT, Twin, ask, deploy, generate, room
 
 UP = ["cluster", "up", "--local", "--file", str(ROOT / "cluster.yaml"), "--directory"]
 DOWN = ["cluster", "down", "--local", "--directory"]
@@ -39,16 +39,8 @@ def test_generation_grows_to_two_cpu_nodes_and_back_and_starts_no_other(here: Tw
     assert generate(here).started == {"generate": 2}
 
 
-def test_training_grows_its_own_group_and_leaves_it_empty(here: Twin) -> None:
-    assert set(train(here).started) == {"train"}  # it may idle between the stage's steps, for the twin's 5 s
-
-
-def test_the_shipped_recipe_finds_room_for_two_nodes_of_gpus(here: Twin) -> None:
+def test_the_shipped_recipes_trainer_finds_room_on_two_nodes_of_its_own(here: Twin) -> None:
     assert room(here).started == {"train": 2}
-
-
-def test_a_request_wakes_a_served_model_and_its_node(here: Twin) -> None:
-    assert serve(here).started == {"serve": 1}
 
 
 def test_rays_own_commands_reach_it_by_what_a_second_start_prints(
@@ -73,14 +65,17 @@ def ray_says(exports: dict[str, str], script: str, *options: str) -> str:
     return done.stdout
 
 
-def test_no_node_outlives_a_head_that_was_killed(here: Twin) -> None:
+def test_a_request_wakes_a_node_and_none_outlives_a_head_that_was_killed(here: Twin) -> None:
+    before = {node["node_id"] for node in here.nodes()}
+    deploy(here)
     ask(here)
+    assert [node["labels"][GROUP] for node in here.nodes() if node["node_id"] not in before] == ["serve"]
     assert here.alive() == {"serve": 1}
-    before = local.processes(here.cluster)
+    processes = local.processes(here.cluster)
     os.kill(here.cluster.pid, signal.SIGKILL)
 
     assert cli.main([*DOWN, here.cluster.directory]) == 0
-    assert not [process for process in before if runs(process)]
+    assert not [process for process in processes if runs(process)]
     assert not Path(here.cluster.temp_dir).exists()
     assert cli.main([*DOWN, here.cluster.directory]) == 0  # once more, and there is nothing to do
 
