@@ -107,12 +107,10 @@ def running(directory: Path) -> LocalCluster | None:
 
 
 def processes(cluster: LocalCluster) -> list[psutil.Process]:
-    """The head, what it has started, and what a dead parent has left of it: those carry Ray's temp dir as an option."""
+    """The head, all it has started, and what dead parents have left of it."""
     head = _head(cluster)
     roots = [head] if head else []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(part.startswith("--") and cluster.temp_dir in part for part in process.info["cmdline"] or ()):
-            roots.append(process)
+    roots += [each for each in psutil.process_iter(["cmdline"]) if _is_of(cluster, each)]
     return list(dict.fromkeys(each for root in roots for each in _with_children(root)))
 
 
@@ -227,6 +225,17 @@ def _write_token(path: Path) -> None:
     if not path.exists():
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
+
+
+def _is_of(cluster: LocalCluster, process: psutil.Process) -> bool:
+    """By Ray's temp dir: an option of its daemons, and where its agents and workers, which have no options, log."""
+    command = process.info["cmdline"] or [""]
+    if not command[0].startswith("ray::"):
+        return any(part.startswith("--") and cluster.temp_dir in part for part in command)
+    try:
+        return any(file.path.startswith(cluster.temp_dir) for file in process.open_files())
+    except psutil.Error:  # gone, or another user's
+        return False
 
 
 def _with_children(process: psutil.Process) -> list[psutil.Process]:
