@@ -49,6 +49,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/serve.py --quick
 	$(BIN)/python benchmarks/serve_kills.py --quick
 	$(BIN)/python benchmarks/serve_load.py --quick
+	$(BIN)/python benchmarks/twin.py --quick
 
 # torch is held at the version that was measured, and without the suffix of its build: pip takes the CPU or the CUDA
 # build of it, whichever the machine's index gives.

@@ -1,4 +1,4 @@
-"""`alpaca-ray cluster render` and `alpaca-ray cluster validate`."""
+"""`alpaca-ray cluster`: render, validate, up, down."""
 
 import argparse
 from pathlib import Path
@@ -13,18 +13,25 @@ def add_parsers(cluster: argparse.ArgumentParser) -> None:
     render.add_argument("--target", required=True, choices=["gcp", "kuberay", "local"])
     render.add_argument("--out", type=Path, help="a directory; - prints (default: deploy/TARGET)")
     render.add_argument("--serve-config", type=Path, default=Path("serve_config.yaml"), help="(default: %(default)s)")
-    render.add_argument("--num-cpus", type=int, default=2, help="of a local node at most (default: %(default)s)")
+    render.add_argument("--num-cpus", type=int, help="of a local node at most (default: as in FILE)")
     render.add_argument("--gcs-port", type=int, default=6379, help="of the local head (default: %(default)s)")
     check = actions.add_parser(
         "validate", help="manifests against KubeRay's schemas, node settings against the clouds' models; 1 if wrong"
     )
     check.add_argument("files", nargs="*", type=Path, help="(default: cluster.yaml and what deploy/ has)")
     check.add_argument("--schemas", type=Path, help="directory with KubeRay's schemas or CRDs")
+    up = actions.add_parser("up", help="the local twin: a head here, the groups as fake nodes under Ray's autoscaler")
+    up.add_argument("--file", type=Path, default=Path("cluster.yaml"), help="(default: %(default)s)")
+    up.add_argument("--num-cpus", type=int, help="of a node at most (default: as in FILE)")
+    down = actions.add_parser("down", help="end the local twin and all its nodes")
+    for verb in (up, down):
+        verb.add_argument("--local", action="store_true", help="required: `ray up` and `ray down` are for the real one")
+        verb.add_argument("--directory", type=Path, default=Path(".twin"), help="token, log (default: %(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Returns the exit code."""
-    return (_render if arguments.action == "render" else _validate)(arguments)
+    return {"render": _render, "validate": _validate, "up": _up, "down": _down}[arguments.action](arguments)
 
 
 def _render(arguments: argparse.Namespace) -> int:
@@ -67,3 +74,36 @@ def _default_files() -> list[Path]:
     if not files:
         raise UserError("there is no cluster.yaml here: name the files, or go to the checkout")
     return files
+
+
+def _up(arguments: argparse.Namespace) -> int:
+    if not arguments.local:
+        raise UserError(f"for the twin on this machine add --local; the cluster itself: ray up {arguments.file}")
+    from alpaca_ray.cluster import local, twin
+    from alpaca_ray.cluster.render import read_definition
+
+    directory = arguments.directory.absolute()
+    cluster = local.running(directory)
+    if cluster is not None:
+        print(f"the twin of {directory} runs already: {twin.describe(cluster)}")
+        return 0
+    twin.down(directory)  # what a head that died has left
+    definition = read_definition(arguments.file)
+    cluster, most = twin.up(directory, definition, arguments.num_cpus), twin.most_nodes(definition)
+    print(f"the twin is up: {twin.describe(cluster)}")
+    if twin.limit(cluster) < most:
+        print(f"note: memory for {twin.limit(cluster)} nodes at once; {arguments.file} lets there be {most}")
+    return 0
+
+
+def _down(arguments: argparse.Namespace) -> int:
+    if not arguments.local:
+        raise UserError("for the twin on this machine add --local; the cluster itself: ray down cluster.yaml")
+    from alpaca_ray.cluster import twin
+
+    directory = arguments.directory.absolute()
+    if twin.down(directory):
+        print(f"the twin of {directory} is down, and its nodes with it")
+    else:
+        print(f"no twin of {directory} is running")
+    return 0

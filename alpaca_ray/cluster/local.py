@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class LocalCluster:
     temp_dir: str
     pid: int
     process_started_s: float  # with the pid, names one process for good
+    gcs_port: int
     dashboard_port: int
     serve_port: int
 
@@ -57,11 +58,16 @@ class LocalCluster:
 
 
 def start(
-    directory: Path, num_cpus: int, extra_environment: dict[str, str], timeout_s: float = START_TIMEOUT_S
+    directory: Path,
+    num_cpus: int,
+    extra_environment: dict[str, str],
+    timeout_s: float = START_TIMEOUT_S,
+    further_options: Callable[[int], Sequence[str]] = lambda _: (),
 ) -> LocalCluster:
     """Start a head and wait until it answers. `extra_environment` is seen by all its jobs and actors.
 
-    Raises UserError with the end of its log if it does not come up.
+    `further_options`: of `ray start`, by the port that the GCS will have. Raises UserError with the end of its log if
+    the head does not come up.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_token(directory / "token")
@@ -72,7 +78,7 @@ def start(
         _script("ray"), "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_dir}", f"--port={gcs_port}", f"--ray-client-server-port={client_port}",
         "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}",
-        f"--dashboard-agent-listen-port={agent_port}",
+        f"--dashboard-agent-listen-port={agent_port}", *further_options(gcs_port),
     ]  # fmt: skip
     with (directory / "head.log").open("wb") as log:
         process = subprocess.Popen(
@@ -80,31 +86,53 @@ def start(
         )
     started_s = psutil.Process(process.pid).create_time()
     serve_port = 8000 if is_free(8000) else free_ports(1)[0]
-    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port)
+    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, gcs_port, dashboard_port, serve_port)
     (directory / "cluster.json").write_text(json.dumps(asdict(cluster)))
     _wait_until_up(cluster, process, timeout_s)
     return cluster
 
 
-def running(directory: Path) -> LocalCluster | None:
-    """The cluster that was started with this directory, if its head still runs."""
+def recorded(directory: Path) -> LocalCluster | None:
+    """The cluster that was started with this directory and not stopped since; its head may have died."""
     try:
-        cluster = LocalCluster(**json.loads((directory / "cluster.json").read_text()))
+        return LocalCluster(**json.loads((directory / "cluster.json").read_text()))
     except FileNotFoundError:
         return None
-    return cluster if _head(cluster) else None
+
+
+def running(directory: Path) -> LocalCluster | None:
+    """The cluster that was started with this directory, if its head still runs."""
+    cluster = recorded(directory)
+    return cluster if cluster and _head(cluster) else None
+
+
+def processes(cluster: LocalCluster) -> list[psutil.Process]:
+    """The head, all it has started, and what dead parents have left of it."""
+    head = _head(cluster)
+    roots = [head] if head else []
+    roots += [each for each in psutil.process_iter(["cmdline"]) if _is_of(cluster, each)]
+    return list(dict.fromkeys(each for root in roots for each in _with_children(root)))
 
 
 def stop(cluster: LocalCluster) -> None:
-    """End the head, which ends all it started, and remove Ray's temp dir."""
+    """End the head and all that was started for it, and remove Ray's temp dir.
+
+    Fake nodes are children of the autoscaler: they outlive it, and look for their head for a minute.
+    """
+    family = processes(cluster)
     head = _head(cluster)
     if head:
-        family = [head, *head.children(recursive=True)]
         head.terminate()
-        _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        psutil.wait_procs([head], timeout=STOP_TIMEOUT_S)
+    # Once more: the autoscaler may have started a node meanwhile.
+    family = list(dict.fromkeys([*family, *processes(cluster)]))
+    for process in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.terminate()
+    _, alive = psutil.wait_procs(family, timeout=STOP_TIMEOUT_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
     (Path(cluster.directory) / "cluster.json").unlink(missing_ok=True)
 
@@ -123,7 +151,7 @@ def submit(cluster: LocalCluster, name: str, entrypoint: Sequence[str], working_
         subprocess.run(stop_job, env=cluster.environment(), check=False, capture_output=True)
         raise
     # The exit code does not tell: it is 0 for a job that was stopped.
-    status = _ask_dashboard(cluster, f"/api/jobs/{submission_id}")["status"]
+    status = ask_dashboard(cluster, f"/api/jobs/{submission_id}")["status"]
     if status != "SUCCEEDED":
         raise UserError(f"job {submission_id} ended as {status}: its log is above, and in {cluster.temp_dir}")
 
@@ -140,7 +168,7 @@ def deploy(cluster: LocalCluster, config_file: Path, timeout_s: float) -> None:
     wanted = {application["name"] for application in yaml.safe_load(config_file.read_text())["applications"]}
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s:
-        applications = _ask_dashboard(cluster, "/api/serve/applications/")["applications"]
+        applications = ask_dashboard(cluster, "/api/serve/applications/")["applications"]
         states = {name: application["status"] for name, application in applications.items()}
         for name in sorted(states.keys() & wanted):
             if states[name] in ("DEPLOY_FAILED", "UNHEALTHY"):
@@ -166,7 +194,8 @@ def free_ports(count: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _ask_dashboard(cluster: LocalCluster, path: str) -> Any:
+def ask_dashboard(cluster: LocalCluster, path: str) -> Any:
+    """What the dashboard answers to a GET, with the cluster's token. Raises OSError where it does not answer."""
     token = (Path(cluster.directory) / "token").read_text()
     request = urllib.request.Request(cluster.dashboard + path, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=30) as response:
@@ -198,6 +227,24 @@ def _write_token(path: Path) -> None:
         path.write_text(secrets.token_hex(32))
 
 
+def _is_of(cluster: LocalCluster, process: psutil.Process) -> bool:
+    """By Ray's temp dir: an option of its daemons, and where its agents and workers, which have no options, log."""
+    command = process.info["cmdline"] or [""]
+    if not command[0].startswith("ray::"):
+        return any(part.startswith("--") and cluster.temp_dir in part for part in command)
+    try:
+        return any(file.path.startswith(cluster.temp_dir) for file in process.open_files())
+    except psutil.Error:  # gone, or another user's
+        return False
+
+
+def _with_children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return [process, *process.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return []
+
+
 def _head(cluster: LocalCluster) -> psutil.Process | None:
     try:
         process = psutil.Process(cluster.pid)
@@ -210,7 +257,7 @@ def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes], time
     deadline_s = time.monotonic() + timeout_s
     while time.monotonic() < deadline_s and process.poll() is None:
         with contextlib.suppress(OSError):
-            _ask_dashboard(cluster, "/api/serve/applications/")
+            ask_dashboard(cluster, "/api/serve/applications/")
             return
         time.sleep(0.5)
     log = (Path(cluster.directory) / "head.log").read_text(errors="replace")[-2000:]

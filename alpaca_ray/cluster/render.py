@@ -30,13 +30,19 @@ class Sources:
 
 def read_sources(cluster_file: Path, serve_file: Path, scale: LocalScale | None = None) -> Sources:
     """Raises UserError for a file that is not there, no YAML, or not AWS's."""
+    definition = read_definition(cluster_file)
+    run = load_config(["--recipe", read_options(definition).recipe])
+    return Sources(definition, _read(serve_file), run, scale or LocalScale())
+
+
+def read_definition(cluster_file: Path) -> dict[str, Any]:
+    """A cluster.yaml. Raises UserError for a file that is not there, no YAML, or not AWS's."""
     definition = _read(cluster_file)
     provider = (definition.get("provider") or {}).get("type")
     if provider != "aws":
         raise UserError(f"{cluster_file}: provider.type is {provider}: the other forms are made from one for aws")
     check_definition(definition, str(cluster_file))
-    run = load_config(["--recipe", read_options(definition).recipe])
-    return Sources(definition, _read(serve_file), run, scale or LocalScale())
+    return definition
 
 
 def _gcp(sources: Sources) -> dict[str, dict[str, Any]]:

@@ -20,9 +20,10 @@ EMPTY_MAPPINGS = ("auth", "docker", "file_mounts")
 
 @dataclass(frozen=True)
 class LocalScale:
-    """How much of a laptop the twin takes. GPUs are names there: they stay as many as in cluster.yaml."""
+    """How much of a laptop the twin takes. CPUs and GPUs are names there: no node computes because it has them."""
 
-    num_cpus: int = 2  # a node has at most
+    num_cpus: int | None = None  # a node has at most; None: as many as in cluster.yaml
+    max_workers: int | None = None  # nodes at once, in all groups together; None: as many as in cluster.yaml
     object_store_mb: int = 100  # a node; Ray's own choice would be 30 % of the machine, for each
     idle_timeout_s: float = 5.0  # of every group: nobody waits minutes for a test
     gcs_port: int = 6379
@@ -43,6 +44,8 @@ def render_local(definition: dict[str, Any], scale: LocalScale) -> dict[str, Any
         "gcs_address": f"127.0.0.1:{scale.gcs_port}",
     }
     kept = {key: definition[key] for key in ("cluster_name", "max_workers", "upscaling_speed") if key in definition}
+    if scale.max_workers is not None:
+        kept["max_workers"] = min(kept["max_workers"], scale.max_workers)
     empty: dict[str, Any] = {key: [] for key in EMPTY_LISTS} | {key: {} for key in EMPTY_MAPPINGS}
     return (
         kept
@@ -65,12 +68,15 @@ def head_environment() -> dict[str, str]:
         "AUTOSCALER_UPDATE_INTERVAL_S": "1",
         "RAY_CLOUD_INSTANCE_ID": HEAD_NODE_ID,
         "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_NODE_ID,
+        # Else each node would begin with a Python process for each of its CPUs.
+        "RAY_prestart_worker_first_driver": "0",
     }
 
 
 def _node_type(kind: dict[str, Any], scale: LocalScale, max_workers: int, is_head: bool) -> dict[str, Any]:
-    shipped = kind["resources"]
-    resources = shipped | {"CPU": min(shipped.get("CPU", 0), scale.num_cpus)}
+    resources = dict(kind["resources"])
+    if scale.num_cpus is not None:
+        resources["CPU"] = min(resources.get("CPU", 0), scale.num_cpus)
     if not is_head:
         resources["object_store_memory"] = scale.object_store_mb * 2**20
     return {

@@ -64,6 +64,8 @@ def _results(
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # a job's log gets our lines, not redrawn bars
     context.print_on_execution_start = False
+    # Of every task, and of what Ray Data asks the autoscaler for: without it they start whichever nodes are cheapest.
+    context.execution_options.label_selector = dict(config.placement.label_selector) or None
     blocks = list(_blocks(parts, config.batch_size))
     base, trained = (_branch(blocks, config, (name, references[name], config, max_length)) for name in MODELS)
     try:
@@ -82,7 +84,6 @@ def _branch(blocks: list[pa.Table], config: EvaluateConfig, worker_args: tuple[A
         compute=ray.data.ActorPoolStrategy(size=1),
         num_cpus=config.placement.num_cpus,
         num_gpus=config.placement.num_gpus or None,
-        label_selector=config.placement.label_selector,
     )
 
 

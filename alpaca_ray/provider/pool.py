@@ -53,6 +53,8 @@ def ask(
     context.enable_progress_bars = False  # a job's log gets our lines, not a table every ten seconds
     context.print_on_execution_start = False
     context.memory_usage_poll_interval_s = None  # that reads a file of the kernel once a second for every block
+    # Of every task, and of what Ray Data asks the autoscaler for: without it they start whichever nodes are cheapest.
+    context.execution_options.label_selector = dict(config.placement.label_selector) or None
     size = block_rows(len(requests), config)
     blocks = [requests.slice(start, size) for start in range(0, len(requests), size)]
     # Not from_arrow, which runs a task for every block before anything else.
@@ -67,7 +69,6 @@ def ask(
         ),
         num_cpus=config.placement.num_cpus,
         num_gpus=config.placement.num_gpus or None,
-        label_selector=config.placement.label_selector or None,
     )
     # No prefetch: a block would be held back until the next one is there.
     for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):

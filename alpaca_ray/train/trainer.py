@@ -123,6 +123,8 @@ def _write_encoded(run: RunDirectory, config: TrainConfig) -> None:
 def _encode(examples: list[Example], config: TrainConfig) -> list[dict[str, Any]]:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
+    # Of every task, and of what Ray Data asks the autoscaler for: without it they start whichever nodes are cheapest.
+    context.execution_options.label_selector = dict(config.placement.label_selector) or None
     table = pa.Table.from_pylist([asdict(e) for e in examples], schema=EXAMPLE_SCHEMA)
     rows = ray.data.from_arrow(table).map_batches(
         Encoder,

@@ -162,9 +162,10 @@ def test_without_a_token_in_the_definition_there_is_none_in_kuberay(definition: 
 
 
 def test_the_twin_is_as_large_as_asked(definition: Content) -> None:
-    twin = render_local(definition, LocalScale(num_cpus=4, gcs_port=1234, idle_timeout_s=30))
+    twin = render_local(definition, LocalScale(num_cpus=4, max_workers=3, gcs_port=1234, idle_timeout_s=30))
     assert twin["head_node_type"] == HEAD_TYPE
     assert {kind["resources"]["CPU"] for kind in twin["available_node_types"].values()} == {0, 4}
+    assert twin["max_workers"] == 3
     assert twin["provider"]["gcs_address"] == "127.0.0.1:1234"
     assert twin["idle_timeout_minutes"] == 0.5
     # Ray would fill in a nightly build, mounts and ssh where these are missing.
