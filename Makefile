@@ -2,6 +2,7 @@
 # make down    end what the demo left running
 # make test    all tests but those of the vLLM engine
 # make test-vllm   these, on the CPU, in an environment of their own (4 GB)
+# make faults  each fault made and outlived, the slow ones too: a table of what was lost, repeated, and how long it took
 # make check   what pre-commit and CI check
 # make bench   ours and peers on the same work, the short form (without --quick: up to an hour)
 # make lock    write requirements.lock anew from pyproject.toml
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 VLLM_VENV ?= .venv-vllm
 VLLM_INSTALLED := $(VLLM_VENV)/.installed
 
-.PHONY: demo down test test-vllm check bench lock
+.PHONY: demo down test test-vllm faults check bench lock
 
 demo: $(INSTALLED)
 	$(BIN)/alpaca-ray demo
@@ -28,6 +29,10 @@ test: $(INSTALLED)
 
 test-vllm: $(VLLM_INSTALLED)
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm
+
+# An empty -m: all of them. One process, for each test has the machine's cores to itself.
+faults: $(INSTALLED)
+	$(BIN)/python -m pytest tests/faults -m ""
 
 check: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files

@@ -27,6 +27,7 @@ from alpaca_ray.doctor import is_free
 
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 30
+GCS_STATE = "gcs"  # in the cluster's directory
 DRAIN_TIMEOUT_S = 3  # Ray would wait 30 s for the work to move to another node; there is none
 
 
@@ -40,6 +41,7 @@ class LocalCluster:
     process_started_s: float  # with the pid, names one process for good
     dashboard_port: int
     serve_port: int
+    gcs_port: int = 0  # 0: recorded before there was this field
 
     @property
     def dashboard(self) -> str:
@@ -57,17 +59,32 @@ class LocalCluster:
 
 
 def start(
-    directory: Path, num_cpus: int, extra_environment: dict[str, str], timeout_s: float = START_TIMEOUT_S
+    directory: Path,
+    num_cpus: int,
+    extra_environment: dict[str, str],
+    timeout_s: float = START_TIMEOUT_S,
+    *,
+    is_durable: bool = False,
 ) -> LocalCluster:
     """Start a head and wait until it answers. `extra_environment` is seen by all its jobs and actors.
+
+    A durable head keeps its state in `directory`. If it dies, the next start is the same head again, at the same
+    address: it knows its jobs, and Serve's applications go on. `stop` is for good.
 
     Raises UserError with the end of its log if it does not come up.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_token(directory / "token")
+    dead = _recorded(directory) if is_durable else None
+    if dead is None:
+        shutil.rmtree(directory / GCS_STATE, ignore_errors=True)  # of a head whose address nobody knows any more
     # Unix sockets lie below it, and their paths may have 107 characters at most: not inside `directory`.
-    temp_dir = tempfile.mkdtemp(prefix="alpaca-ray-")
+    temp_dir = tempfile.mkdtemp(prefix="alpaca-ray-") if dead is None else dead.temp_dir
     gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
+    if dead is not None:
+        gcs_port, dashboard_port = dead.gcs_port, dead.dashboard_port
+    if is_durable:
+        extra_environment = extra_environment | durable_environment(directory / GCS_STATE)
     command = [
         _script("ray"), "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_dir}", f"--port={gcs_port}", f"--ray-client-server-port={client_port}",
@@ -79,24 +96,34 @@ def start(
             command, env=_environment(directory) | extra_environment, stdout=log, stderr=log, start_new_session=True
         )
     started_s = psutil.Process(process.pid).create_time()
-    serve_port = 8000 if is_free(8000) else free_ports(1)[0]
-    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port)
+    serve_port = dead.serve_port if dead is not None else 8000 if is_free(8000) else free_ports(1)[0]
+    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port, gcs_port)
     (directory / "cluster.json").write_text(json.dumps(asdict(cluster)))
     _wait_until_up(cluster, process, timeout_s)
     return cluster
 
 
+def durable_environment(directory: Path) -> dict[str, str]:
+    """What a head needs to keep its state in a directory, by the database that is part of Ray's GCS."""
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(directory)}
+
+
 def running(directory: Path) -> LocalCluster | None:
     """The cluster that was started with this directory, if its head still runs."""
-    try:
-        cluster = LocalCluster(**json.loads((directory / "cluster.json").read_text()))
-    except FileNotFoundError:
-        return None
-    return cluster if _head(cluster) else None
+    cluster = _recorded(directory)
+    return cluster if cluster and _head(cluster) else None
 
 
 def stop(cluster: LocalCluster) -> None:
-    """End the head, which ends all it started, and remove Ray's temp dir."""
+    """End the head, which ends all it started, and remove Ray's temp dir and the head's state."""
+    end(cluster)
+    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+    shutil.rmtree(Path(cluster.directory) / GCS_STATE, ignore_errors=True)
+    (Path(cluster.directory) / "cluster.json").unlink(missing_ok=True)
+
+
+def end(cluster: LocalCluster) -> None:
+    """End the head and all it started. What a durable one needs to start again stays."""
     head = _head(cluster)
     if head:
         family = [head, *head.children(recursive=True)]
@@ -105,8 +132,6 @@ def stop(cluster: LocalCluster) -> None:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
-    (Path(cluster.directory) / "cluster.json").unlink(missing_ok=True)
 
 
 def submit(cluster: LocalCluster, name: str, entrypoint: Sequence[str], working_dir: Path) -> None:
@@ -198,6 +223,13 @@ def _write_token(path: Path) -> None:
         path.write_text(secrets.token_hex(32))
 
 
+def _recorded(directory: Path) -> LocalCluster | None:
+    try:
+        return LocalCluster(**json.loads((directory / "cluster.json").read_text()))
+    except FileNotFoundError:
+        return None
+
+
 def _head(cluster: LocalCluster) -> psutil.Process | None:
     try:
         process = psutil.Process(cluster.pid)
@@ -214,5 +246,5 @@ def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes], time
             return
         time.sleep(0.5)
     log = (Path(cluster.directory) / "head.log").read_text(errors="replace")[-2000:]
-    stop(cluster)
+    (end if (Path(cluster.directory) / GCS_STATE).exists() else stop)(cluster)
     raise UserError(f"the Ray head did not come up. The end of its log:\n{log}")

@@ -183,6 +183,7 @@ class Sender:
         """A completion, and the number of the attempt to file it under; None where there is nothing to file."""
         ask, failures = ask_for(key, request, self._teacher), 0
         while True:
+            await self._writer.ready()
             turn = await self._queue.turn(ask)
             if turn.stopped is not None:
                 return Completion(None, NOT_ASKED, error_detail=turn.stopped), None

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.table import FaultRow
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
 
@@ -31,7 +33,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return {row["name"]: row for row in json.loads(found.read_text())["rows"]}
 
 
-def test_streams_outlive_the_engine_that_gives_them(rows: Rows) -> None:
+def test_streams_outlive_the_engine_that_gives_them(rows: Rows, fault_row: FaultRow) -> None:
+    complete = rows["streams_complete"]["ours"] == 8
+    fault_row(
+        "serve replica",
+        lost="nothing" if complete else "streams",
+        repeated=f"the prompts of {rows['streams_resumed']['ours']} of 8 streams",
+        recovery_s=rows["kill_to_next_event_s"]["ours"],
+        until="the next token of a stream it had",
+    )
     assert rows["kills_of_engines"]["ours"] == 1
     assert rows["streams_resumed"]["ours"] >= 1
     assert rows["streams_complete"]["ours"] == 8
