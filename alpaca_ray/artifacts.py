@@ -2,7 +2,7 @@
 
 `<storage_path>/<run name>/config.yaml` holds the resolved config; `<stage>/manifest.json`, written last and by
 rename, says that a stage is done. A storage that is away for a while makes a run late: what its errors say will pass is
-tried again for `STORAGE_PATIENCE_S`.
+tried again for `RunDirectory.patience_s`.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs
@@ -60,7 +60,7 @@ def is_passing(error: OSError) -> bool:
 
 def patiently(
     action: Callable[[], T],
-    patience_s: float = STORAGE_PATIENCE_S,
+    patience_s: float,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
@@ -78,10 +78,10 @@ def patiently(
         pause_s = min(2 * pause_s, MAX_PAUSE_S)
 
 
-def _patient(method: Callable[P, T]) -> Callable[P, T]:
+def _patient(method: Callable[Concatenate["RunDirectory", P], T]) -> Callable[Concatenate["RunDirectory", P], T]:
     @functools.wraps(method)
-    def tried(*args: P.args, **kwargs: P.kwargs) -> T:
-        return patiently(lambda: method(*args, **kwargs))
+    def tried(self: "RunDirectory", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return patiently(lambda: method(self, *args, **kwargs), self.patience_s)
 
     return tried
 
@@ -93,6 +93,7 @@ class RunDirectory:
     fs: pa.fs.FileSystem
     root: str
     uri: str | None = None  # of the root, "?" options included; None on a local filesystem
+    patience_s: float = STORAGE_PATIENCE_S
 
     def path(self, relative: str) -> str:
         """The path of a file as the filesystem `fs` knows it."""

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 import pyarrow.fs
 
-from alpaca_ray.artifacts import FIRST_PAUSE_S, MAX_PAUSE_S, STORAGE_PATIENCE_S, RunDirectory, is_passing, patiently
+from alpaca_ray.artifacts import FIRST_PAUSE_S, MAX_PAUSE_S, RunDirectory, is_passing, patiently
 from alpaca_ray.provider.budget import Spent, pico_usd
 from alpaca_ray.schema import Completion
 
@@ -53,18 +53,18 @@ class Cost:
 class Writer:
     """Writes to files of its own in the run's `directory`, named after host and process."""
 
-    def __init__(self, run: RunDirectory, directory: str, patience_s: float = STORAGE_PATIENCE_S) -> None:
+    def __init__(self, run: RunDirectory, directory: str, stall_s: float = STALL_S) -> None:
         self.name = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._sink = _sink(run, f"{directory}/{self.name}")
         self._attempts = 0
         self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
-        self._patience_s = patience_s
+        self._patience_s, self._stall_s = run.patience_s, stall_s
         self._writing_since_s: float | None = None  # on the loop's clock
 
     async def ready(self) -> None:
         """Return when answers get through to the storage. Before that, a new one is paid for at a risk."""
-        while self._writing_since_s is not None and _now_s() - self._writing_since_s > STALL_S:
+        while self._writing_since_s is not None and _now_s() - self._writing_since_s > self._stall_s:
             await asyncio.sleep(POLL_S)
 
     def sent(self, key: str, worst: Cost) -> int:
@@ -81,7 +81,7 @@ class Writer:
     async def answered(self, key: str, attempt: int, completion: Completion) -> None:
         """Return when the answer is durable. Answers that come together share one sync.
 
-        Raises OSError when the storage was away for `patience_s`, and at once for what does not pass.
+        Raises OSError when the storage was away for the run's `patience_s`, and at once for what does not pass.
         """
         future = asyncio.get_running_loop().create_future()
         record = {"kind": "answered", "key": key, "attempt": attempt, "completion": vars(completion)}
@@ -135,7 +135,7 @@ class Journal:
     def refresh(self) -> None:
         """Read what was written since the last time. A line without its end is left for the next time."""
         selector = pyarrow.fs.FileSelector(self._run.path(self._directory), allow_not_found=True)
-        for info in patiently(lambda: self._run.fs.get_file_info(selector)):
+        for info in patiently(lambda: self._run.fs.get_file_info(selector), self._run.patience_s):
             start = self._read_bytes.get(info.path, 0)
             if info.path.endswith(_SUFFIX) and info.size > start:
                 self._read_bytes[info.path] = start + self._take_lines(info.path, start, info.size - start)
@@ -161,7 +161,7 @@ class Journal:
             with self._run.fs.open_input_file(path) as file:
                 return bytes(file.read_at(length, offset))
 
-        return patiently(read)
+        return patiently(read, self._run.patience_s)
 
     def _take_lines(self, path: str, start: int, length: int) -> int:
         """Take the whole lines; returns how many bytes they are."""
@@ -237,11 +237,11 @@ class _Parts:
 
     gather_s = FLUSH_S
 
-    def __init__(self, fs: pyarrow.fs.FileSystem, stem: str) -> None:
-        self._fs, self._stem = fs, stem
+    def __init__(self, run: RunDirectory, stem: str) -> None:
+        self._fs, self._stem = run.fs, stem
         self._pending: list[bytes] = []
         self._parts = 0
-        patiently(lambda: fs.create_dir(stem.rpartition("/")[0], recursive=True))
+        patiently(lambda: run.fs.create_dir(stem.rpartition("/")[0], recursive=True), run.patience_s)
 
     def append(self, data: bytes) -> None:
         self._pending.append(data)
@@ -260,7 +260,7 @@ class _Parts:
 def _sink(run: RunDirectory, relative: str) -> _Sink:
     if isinstance(run.fs, pyarrow.fs.LocalFileSystem):
         return _File(Path(run.path(relative) + _SUFFIX))
-    return _Parts(run.fs, run.path(relative))
+    return _Parts(run, run.path(relative))
 
 
 def _now_s() -> float:

@@ -1,9 +1,10 @@
-"""A job stopped, and the head killed under a job and a served model: jobs go on when they are submitted again.
+"""A job stopped; the head, and its GCS alone, killed under a job and a served model.
 
-About 40 s for the first of them, which starts the cluster, and a minute for the second.
+About a minute each, of which most goes into starting heads.
 """
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from alpaca_ray.artifacts import open_run
 from alpaca_ray.cluster import local
 from alpaca_ray.provider.journal import records
 from benchmarks.kills import MAX_IN_FLIGHT, job, paid, violations
-from tests.faults.submitted import Job, wait
+from tests.faults.kept import kept_head
+from tests.faults.submitted import POLL_S, Job, ask, wait
 from tests.faults.table import FaultRow
 from tests.nodes import kill_all
 from tests.patience import PATIENT, START_TIMEOUT_S
@@ -136,6 +138,64 @@ def test_a_head_that_is_killed_comes_back_with_its_jobs_and_its_applications(
     )
     assert (late, twice, same) == (0, 0, True)
     assert repaid <= MAX_IN_FLIGHT
+
+
+def test_a_gcs_that_dies_is_started_again_and_nobody_has_to_do_anything(
+    fresh: Place, tiny_model: Path, tmp_path: Path, fault_row: FaultRow
+) -> None:
+    local.end(fresh.cluster)  # two cores; the next test would start it again
+    with kept_head(4, ENVIRONMENT) as head:
+        wait(lambda: answers(head.cluster), "the dashboard")
+        local.deploy(head.cluster, serve_config(tmp_path, head.cluster, tiny_model), START_TIMEOUT_S)
+        said = ask_model(head.cluster)
+        running = Job(head.cluster, fresh.entrypoint("kept"))
+        wait(lambda: fresh.referee.summary()["requests"] >= 10, "ten requests")
+        with asking(head.cluster) as heard:
+            gcs = head.gcs()
+            killed_s = time.monotonic()
+            gcs.kill()
+            wait(lambda: [e["event"] for e in head.events()][-1:] == ["gcs_started"], "the keeper's word")
+            wait(lambda: answers(head.cluster), "the dashboard")
+            back_s = time.monotonic() - killed_s
+            status = running.status(head.cluster)
+            assert running.ends(head.cluster) == "SUCCEEDED", running.log(head.cluster)
+    repaid, late, twice, same = fresh.books("kept")
+    fault_row(
+        "GCS restarted",
+        lost="nothing" if same else "rows",
+        repeated=f"{repaid} requests; {heard.count(said)} of {len(heard)} answers of the served model came meanwhile",
+        recovery_s=back_s,
+        until="the head answers; the job and the served model never stop",
+    )
+    assert status == "RUNNING"
+    assert heard == [said] * len(heard)
+    assert (repaid, late, twice, same) == (0, 0, 0, True)
+
+
+@contextlib.contextmanager
+def asking(cluster: local.LocalCluster) -> Iterator[list[str | None]]:
+    """Answers of the served model, one after another while the block lasts."""
+    heard: list[str | None] = []
+    is_over = threading.Event()
+
+    def ask_on() -> None:
+        while not is_over.wait(POLL_S):
+            heard.append(ask_model(cluster))
+
+    thread = threading.Thread(target=ask_on)
+    thread.start()
+    try:
+        yield heard
+    finally:
+        is_over.set()
+        thread.join()
+
+
+def answers(cluster: local.LocalCluster) -> bool:
+    """Whether the dashboard can ask the GCS for its jobs."""
+    with contextlib.suppress(OSError):
+        return isinstance(ask(cluster, "/api/jobs/"), list)
+    return False
 
 
 def serve_config(directory: Path, cluster: local.LocalCluster, model: Path) -> Path:
