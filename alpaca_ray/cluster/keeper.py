@@ -4,7 +4,8 @@
 
 `ray start` starts the GCS and then looks after nothing. Raylets, drivers and Serve's replicas wait a minute for it, on
 the workers of cluster.yaml ten, and it finds its tables on disk again (RAY_gcs_storage=rocksdb). The keeper ends when
-the head's raylet is gone: after `ray stop`, which ends the GCS last. One line of JSON for each change of state.
+the head's raylet is gone: after `ray stop`, which ends the GCS last. When it starts, it sees to it that jobs of an
+earlier head are looked after. One line of JSON for each change of state.
 """
 
 import argparse
@@ -17,11 +18,14 @@ from pathlib import Path
 
 import psutil
 
+from alpaca_ray.cluster.job_table import AGENT_PORT, look_after_jobs
 from alpaca_ray.cluster.preemption import Say, say_by_json, take_over
 
 POLL_EVERY_S = 0.2
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 10.0  # before a new try, while the GCS ends at once
 STEADY_S = 30.0  # a GCS that has lived so long is well
+
+AGENT_TIMEOUT_S = 120.0  # the agent is the last of a head's processes that answers
 
 ENDED, NO_GCS = 0, 3  # exit codes
 
@@ -78,6 +82,14 @@ def keep(port: int, pause: Callable[[float], None], now_s: Callable[[], float], 
         say("gcs_started", pid=pid)
 
 
+def _authorization() -> dict[str, str]:
+    """As the node's token has it; nothing where none is asked for."""
+    from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+
+    headers: dict[str, str] = get_auth_headers_if_auth_enabled({})
+    return headers
+
+
 def _find(name: str, argument: str) -> psutil.Process | None:
     """A process of Ray's with that name, one of whose arguments ends so."""
     for process in psutil.process_iter(["name", "cmdline"]):
@@ -92,9 +104,13 @@ def main() -> int:
         epilog="exit codes: 0 the head has ended, 3 there is no GCS at that port",
     )
     parser.add_argument("--port", type=int, default=6379, help="where the head listens (default: %(default)s)")
+    parser.add_argument("--agent-port", type=int, default=AGENT_PORT, help="of the node's agent (default: %(default)s)")
     parser.add_argument("--lock", type=Path, help="a file; a keeper that was started with it before is ended")
     options = parser.parse_args()
     lock = take_over(options.lock, time.sleep) if options.lock else None
+    if find_gcs(options.port) is not None:
+        has_jobs = look_after_jobs(options.agent_port, _authorization(), AGENT_TIMEOUT_S)
+        say_by_json("jobs_looked_after" if has_jobs else "no_agent", port=options.agent_port)
     code = keep(options.port, time.sleep, time.monotonic, say_by_json)
     if lock is not None:
         lock.close()

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 import yaml
 
+from alpaca_ray.cluster.job_table import look_after_jobs
 from alpaca_ray.config import UserError
 from alpaca_ray.doctor import is_free
 
@@ -100,6 +101,8 @@ def start(
     cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port, gcs_port)
     (directory / "cluster.json").write_text(json.dumps(asdict(cluster)))
     _wait_until_up(cluster, process, timeout_s)
+    if dead is not None:
+        look_after_jobs(agent_port, _authorization(cluster), timeout_s)
     return cluster
 
 
@@ -192,10 +195,13 @@ def free_ports(count: int) -> list[int]:
 
 
 def _ask_dashboard(cluster: LocalCluster, path: str) -> Any:
-    token = (Path(cluster.directory) / "token").read_text()
-    request = urllib.request.Request(cluster.dashboard + path, headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(cluster.dashboard + path, headers=_authorization(cluster))
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)
+
+
+def _authorization(cluster: LocalCluster) -> dict[str, str]:
+    return {"Authorization": f"Bearer {(Path(cluster.directory) / 'token').read_text()}"}
 
 
 def _environment(directory: Path) -> dict[str, str]:

@@ -65,7 +65,7 @@ def kept_head(num_cpus: int, environment: Mapping[str, str]) -> Iterator[KeptHea
         # Not to pipes, which what it leaves running would hold open.
         with (home / "head.log").open("wb") as log:
             subprocess.run(command, env=given, stdout=log, stderr=log, check=True)
-        line = keeper_line().replace("--port 6379", f"--port {gcs_port}")
+        line = keeper_line().replace("--port 6379", f"--port {gcs_port} --agent-port {agent_port}")
         line = line.replace("/home/ubuntu/venv/bin", str(Path(sys.executable).parent))
         subprocess.run(["bash", "-c", f"({line})"], env=given, cwd=ROOT, check=True, capture_output=True)
         yield head
