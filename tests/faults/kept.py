@@ -16,7 +16,7 @@ import yaml
 
 from alpaca_ray.cluster.local import LocalCluster, durable_environment, free_ports
 from tests.faults.submitted import RAY, ROOT
-from tests.nodes import kill_all
+from tests.nodes import NUM_TRIES, kill_all
 
 LOG = "gcs-keeper.log"
 
@@ -62,18 +62,27 @@ def kept_head(num_cpus: int, environment: Mapping[str, str]) -> Iterator[KeptHea
     ]  # fmt: skip
     head = KeptHead(cluster)
     try:
-        # Not to pipes, which what it leaves running would hold open.
-        with (home / "head.log").open("wb") as log:
-            subprocess.run(command, env=given, stdout=log, stderr=log, check=True)
+        for _ in range(NUM_TRIES):
+            # Not to pipes, which what it leaves running would hold open.
+            with (home / "head.log").open("wb") as log:
+                if subprocess.run(command, env=given, stdout=log, stderr=log, check=False).returncode == 0:
+                    break
+            _end(head)
+        else:
+            raise RuntimeError(f"the head did not start:\n{(home / 'head.log').read_text()[-2000:]}")
         line = keeper_line().replace("--port 6379", f"--port {gcs_port} --agent-port {agent_port}")
         line = line.replace("/home/ubuntu/venv/bin", str(Path(sys.executable).parent))
         subprocess.run(["bash", "-c", f"({line})"], env=given, cwd=ROOT, check=True, capture_output=True)
         yield head
     finally:
-        # The keeper first, which would start the GCS again.
-        for process in sorted(head.processes(), key=lambda p: p.name().startswith(("gcs", "raylet"))):
-            kill_all(process.pid)
+        _end(head)
         shutil.rmtree(home, ignore_errors=True)
+
+
+def _end(head: KeptHead) -> None:
+    """All of it, the keeper first, which would start the GCS again."""
+    for process in sorted(head.processes(), key=lambda p: p.name().startswith(("gcs", "raylet"))):
+        kill_all(process.pid)
 
 
 def keeper_line() -> str:
