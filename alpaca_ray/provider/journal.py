@@ -62,9 +62,13 @@ class Writer:
         self._patience_s, self._stall_s = run.patience_s, stall_s
         self._writing_since_s: float | None = None  # on the loop's clock
 
+    def is_ready(self) -> bool:
+        """Whether answers get through to the storage. While they do not, a new one is paid for at a risk."""
+        return self._writing_since_s is None or _now_s() - self._writing_since_s <= self._stall_s
+
     async def ready(self) -> None:
-        """Return when answers get through to the storage. Before that, a new one is paid for at a risk."""
-        while self._writing_since_s is not None and _now_s() - self._writing_since_s > self._stall_s:
+        """Return when it is."""
+        while not self.is_ready():
             await asyncio.sleep(POLL_S)
 
     def sent(self, key: str, worst: Cost) -> int:
