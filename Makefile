@@ -1,6 +1,6 @@
 # make demo    seed tasks to a served model on this machine
 # make down    end what the demo left running
-# make test    all tests but those of the vLLM engine
+# make test    all tests but those of the vLLM engine and of slow faults
 # make test-vllm   these, on the CPU, in an environment of their own (4 GB)
 # make faults  each fault made and outlived, the slow ones too: a table of what was lost, repeated, and how long it took
 # make check   what pre-commit and CI check
