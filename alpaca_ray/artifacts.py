@@ -1,22 +1,26 @@
 """The run directory on any pyarrow filesystem: the contract between stages.
 
 `<storage_path>/<run name>/config.yaml` holds the resolved config; `<stage>/manifest.json`, written last and by
-rename, says that a stage is done.
+rename, says that a stage is done. A storage that is away for a while makes a run late: what its errors say will pass is
+tried again for `RunDirectory.patience_s`.
 """
 
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import importlib.metadata
 import json
+import logging
 import os
+import re
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs
@@ -25,7 +29,61 @@ import yaml
 
 from alpaca_ray.config import RunConfig, UserError, config_hash, result_fields
 
+STORAGE_PATIENCE_S = 300.0
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.5, 10.0
+# What passes by itself: of a network filesystem by number, of pyarrow's stores by the words of their SDKs.
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        "EIO", "ESTALE", "EAGAIN", "EBUSY", "ETIMEDOUT", "ENOTCONN", "ECONNREFUSED", "ECONNRESET", "ECONNABORTED",
+        "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "EPIPE", "EREMOTEIO",
+    )
+    if hasattr(errno, name)  # not all systems know all of them
+}  # fmt: skip
+_PASSING_WORDS = re.compile(
+    r"AWS Error (?:NETWORK_CONNECTION|REQUEST_TIMEOUT|SLOW_DOWN|SERVICE_UNAVAILABLE|INTERNAL_FAILURE|THROTTLING)"
+    r"|curlCode|UNAVAILABLE|DEADLINE_EXCEEDED|[Tt]imed out"
+)
+
+log = logging.getLogger("alpaca_ray")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
 PACKAGES = ("alpaca-ray", "ray", "torch", "transformers", "openai", "pyarrow")
+
+
+def is_passing(error: OSError) -> bool:
+    """Whether a storage that fails so may answer again by itself. A full disk and a refused key do not."""
+    return error.errno in _PASSING or (error.errno is None and _PASSING_WORDS.search(str(error)) is not None)
+
+
+def patiently(
+    action: Callable[[], T],
+    patience_s: float,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Do it, again and again while the storage is away. Raises its last OSError after `patience_s`."""
+    started_s, pause_s = clock(), FIRST_PAUSE_S
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            left_s = started_s + patience_s - clock()
+            if not is_passing(error) or left_s <= 0:
+                raise
+            log.warning("the storage is away (%s): trying again for %.0f s", error, left_s)
+        sleep(pause_s)
+        pause_s = min(2 * pause_s, MAX_PAUSE_S)
+
+
+def _patient(method: Callable[Concatenate["RunDirectory", P], T]) -> Callable[Concatenate["RunDirectory", P], T]:
+    @functools.wraps(method)
+    def tried(self: "RunDirectory", /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return patiently(lambda: method(self, *args, **kwargs), self.patience_s)
+
+    return tried
 
 
 @dataclass(frozen=True)
@@ -35,6 +93,7 @@ class RunDirectory:
     fs: pa.fs.FileSystem
     root: str
     uri: str | None = None  # of the root, "?" options included; None on a local filesystem
+    patience_s: float = STORAGE_PATIENCE_S
 
     def path(self, relative: str) -> str:
         """The path of a file as the filesystem `fs` knows it."""
@@ -54,21 +113,25 @@ class RunDirectory:
         location, mark, options = self.uri.partition("?")
         return f"{location}/{relative}{mark}{options}"
 
+    @_patient
     def exists(self, relative: str) -> bool:
         """Whether a file or directory stands there."""
         return bool(self.fs.get_file_info(self.path(relative)).type != pa.fs.FileType.NotFound)
 
+    @_patient
     def files(self, relative: str, suffix: str) -> list[str]:
         """The files in a directory whose names end so, sorted; none where there is no directory."""
         selector = pa.fs.FileSelector(self.path(relative), allow_not_found=True)
         names = (info.base_name for info in self.fs.get_file_info(selector) if info.type == pa.fs.FileType.File)
         return [f"{relative}/{name}" for name in sorted(names) if name.endswith(suffix)]
 
+    @_patient
     def read_bytes(self, relative: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
         with self.fs.open_input_stream(self.path(relative)) as stream:
             return bytes(stream.read())
 
+    @_patient
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Write under a temporary name, then rename: a reader sees the whole file or none."""
         target = self.path(relative)
@@ -87,6 +150,7 @@ class RunDirectory:
         """Indented, keys as given, non-ASCII characters as they are."""
         self.write_bytes(relative, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
+    @_patient
     def read_table(self, relative: str) -> pa.Table:
         """A Parquet file, or a directory of them."""
         return pq.read_table(self.path(relative), filesystem=self.fs, partitioning=None)
@@ -97,6 +161,7 @@ class RunDirectory:
         pq.write_table(table, sink)
         self.write_bytes(relative, sink.getvalue().to_pybytes())
 
+    @_patient
     def upload(self, local: Path, relative: str) -> None:
         """Copy a local directory to `relative`, which is replaced as a whole."""
         target = self.path(relative)
@@ -107,6 +172,7 @@ class RunDirectory:
             self.delete(relative)
             self.fs.move(temporary, target)
 
+    @_patient
     def delete(self, relative: str) -> None:
         """Remove a directory with all it holds; nothing happens where there is none."""
         if self.exists(relative):

@@ -10,6 +10,7 @@ that of a run nobody disturbed. The peer is a plain run's own bill: requests pai
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ WORKER_NAMES = {"actor": "MapWorker", "limiter": "LimiterActor"}
 POLL_S = 0.1
 REQUESTS_PER_MINUTE = 900
 INSTRUCTIONS_PER_KILL = 100  # some 50 requests
+MAX_IN_FLIGHT = 36  # 3 actors with 12 requests each
 
 
 def job(referee: RefereeProcess, storage: Path, num_instructions: int, *options: str) -> list[str]:
@@ -92,17 +95,39 @@ def kill(target: str, cluster: Nodes, driver: Driver, rng: random.Random) -> boo
 
 def disturbed(
     cluster: Nodes, referee: RefereeProcess, driver: Driver, plan: list[tuple[int, str]], seed: int
-) -> Counter[str]:
-    """Run to the end; kill each target once the referee has paid for so many requests."""
-    rng, done = random.Random(seed), Counter[str]()
+) -> list[tuple[str, float]]:
+    """Run to the end; kill each target once the referee has paid for so many requests. Gives targets and Unix times."""
+    rng, done = random.Random(seed), list[tuple[str, float]]()
     while not driver.finished():
+        killed_at = time.time()
         if plan and referee.summary()["requests"] >= plan[0][0] and kill(plan[0][1], cluster, driver, rng):
-            done[plan.pop(0)[1]] += 1
-            print(
-                f"{sum(done.values())} kills: {dict(done)}, {referee.summary()['requests']} requests", file=sys.stderr
-            )
+            done.append((plan.pop(0)[1], killed_at))
+            print(f"killed {done[-1][0]}, the {len(done)}th, {referee.summary()['requests']} requests", file=sys.stderr)
         time.sleep(POLL_S)
     return done
+
+
+@dataclass(frozen=True)
+class Aftermath:
+    """Of all kills of one target."""
+
+    repaid: int  # requests that went out once more after one and before the next kill
+    silence_s: float  # the longest time in which nothing reached the teacher
+
+
+def aftermath(ledger: Sequence[dict[str, Any]], kills: Sequence[tuple[str, float]]) -> dict[str, Aftermath]:
+    """What the teacher saw of each target's kills. `ledger`: without what it has refused."""
+    found: dict[str, Aftermath] = {}
+    ends = [at for _, at in kills[1:]] + [float("inf")]
+    for (target, from_at), until_at in zip(kills, ends, strict=True):
+        before = {entry["key"] for entry in ledger if entry["arrived_at"] <= from_at}
+        after = [entry for entry in ledger if from_at < entry["arrived_at"] <= until_at]
+        new = {entry["key"] for entry in after} - before
+        times = [from_at, *(entry["arrived_at"] for entry in after)]
+        silence_s = max((b - a for a, b in itertools.pairwise(times)), default=0.0)
+        old = found.get(target, Aftermath(0, 0.0))
+        found[target] = Aftermath(old.repaid + len(after) - len(new), max(old.silence_s, silence_s))
+    return found
 
 
 def violations(ledger: list[dict[str, Any]], journal: list[dict[str, Any]]) -> tuple[int, int]:
@@ -132,6 +157,7 @@ class Outcome:
     refused: int  # 429s
     counted: int  # requests that the run itself says it has lost in flight
     same_dataset: bool
+    after: dict[str, Aftermath]
 
 
 def trial(here: Path, kinds: list[str], seed: int) -> Outcome:
@@ -159,7 +185,7 @@ def trial(here: Path, kinds: list[str], seed: int) -> Outcome:
     undisturbed = open_run(str(here / "quiet"), "kills").read_json("generate/manifest.json")
     refused = sum(entry["status"] == 429 for entry in ledger)
     return Outcome(
-        kills=done,
+        kills=Counter(target for target, _ in done),
         driver_starts=driver.starts,
         needed=needed,
         paid=len(ledger) - refused,
@@ -168,6 +194,7 @@ def trial(here: Path, kinds: list[str], seed: int) -> Outcome:
         refused=refused,
         counted=manifest["counts"]["repaid"],
         same_dataset=manifest["outputs"] == undisturbed["outputs"],
+        after=aftermath([entry for entry in ledger if entry["status"] != 429], done),
     )
 
 
@@ -192,11 +219,15 @@ def main() -> int:
          "holds": outcome.twice == 0},
         {"name": "repaid_in_flight", "ours": repaid, "counted_by_the_run": outcome.counted, "peer": outcome.needed,
          "peer_name": "requests of the undisturbed run", "ratio": round(repaid / outcome.needed, 4),
-         "unit": "requests", "goal": "at most those in flight, 36 a kill", "holds": repaid <= 36 * kills},
+         "unit": "requests", "goal": f"at most those in flight, {MAX_IN_FLIGHT} a kill",
+         "holds": repaid <= MAX_IN_FLIGHT * kills},
         {"name": "refused_for_the_rate", "ours": outcome.refused, "unit": "429s", "goal": "0",
          "holds": outcome.refused == 0},
         {"name": "same_dataset_as_undisturbed", "ours": outcome.same_dataset, "unit": "bool", "goal": "true",
          "holds": outcome.same_dataset},
+        *({"name": f"after_{target}", "ours": after.repaid, "silence_s": round(after.silence_s, 1),
+           "unit": "requests repaid", "goal": f"at most {MAX_IN_FLIGHT} a kill",
+           "holds": after.repaid <= MAX_IN_FLIGHT * outcome.kills[target]} for target, after in outcome.after.items()),
     ]  # fmt: skip
     machine = {"cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
     versions = {name: importlib.metadata.version(name) for name in ("ray", "openai")}

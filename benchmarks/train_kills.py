@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,6 +151,7 @@ class StepOutcome:
     other_size_loss: float  # largest relative difference
     other_size_weights: float  # largest difference
     recovery_s: list[float]  # from a kill to the next step that any rank has done
+    repeated_steps: int  # over all kills
 
 
 def kill_steps(directory: Path, cluster: Nodes, kills: int, seed: int) -> StepOutcome:
@@ -176,6 +178,7 @@ def kill_steps(directory: Path, cluster: Nodes, kills: int, seed: int) -> StepOu
         other_size_loss=max(abs(a.loss - b.loss) / b.loss for a, b in _pairs(one, whole)),
         other_size_weights=_largest_difference(one, whole),
         recovery_s=[round(s, 1) for s in recoveries(driver)],
+        repeated_steps=repeated_steps(driver.rows()),
     )
 
 
@@ -228,6 +231,19 @@ def each_once(rows: list[Seen], run: RunDirectory) -> bool:
     return all(sorted(i for step in epoch for i in step) == ids for epoch in epochs)
 
 
+def repeated_steps(rows: list[Seen]) -> int:
+    """How many steps were done once more than they had to be; a step counts as often as one rank has done it."""
+    times = Counter((row.step, row.rank, row.world_size) for row in rows)
+    return sum(max(n for (step, _, _), n in times.items() if step == wanted) - 1 for wanted in {s for s, _, _ in times})
+
+
+def steps_back(rows: list[Seen], from_size: int, to_size: int, at_s: float) -> int:
+    """How many steps a run did again when it went on with another number of workers after a moment."""
+    first = min((row for row in rows if row.world_size == to_size and row.at_s > at_s), key=lambda row: row.at_s)
+    done = max(row.step for row in rows if row.world_size == from_size and row.at_s < first.at_s)
+    return max(0, done + 1 - first.step)
+
+
 def recoveries(driver: Driver) -> list[float]:
     """Seconds from each kill to the first step after it."""
     kills = [float(mark.read_text()) for mark in driver.watch.glob("killed-*")]
@@ -243,6 +259,7 @@ class NodeOutcome:
     deadline_s: float  # after the notice
     moved_s: float | None  # from the deadline to the next step, on fewer workers
     each_once: bool
+    repeated_steps: int  # by the loss of the node
 
 
 def lose_nodes(directory: Path, cluster: Nodes, *, is_taken: bool = True) -> NodeOutcome:
@@ -260,6 +277,7 @@ def lose_nodes(directory: Path, cluster: Nodes, *, is_taken: bool = True) -> Nod
         lost_s = time.time()
         cluster.lose_node()
         fewer_s = wait_for_size(driver, 2, lost_s) - lost_s
+        back = steps_back(driver.rows(), 4, 2, lost_s)
         _say(f"on two workers {fewer_s:.1f} s after the loss of a node")
         cluster.return_node()
         returned_s = time.time()
@@ -276,7 +294,7 @@ def lose_nodes(directory: Path, cluster: Nodes, *, is_taken: bool = True) -> Nod
         (driver.watch / "hurry").touch()
         driver.wait(lambda: driver.process.poll() is not None, "the end")
         driver.finished()
-    return NodeOutcome(fewer_s, grown_s, saved_s, NOTICE_S, moved_s, each_once(driver.rows(), driver.run()))
+    return NodeOutcome(fewer_s, grown_s, saved_s, NOTICE_S, moved_s, each_once(driver.rows(), driver.run()), back)
 
 
 def wait_for_size(driver: Driver, world_size: int, after_s: float) -> float:

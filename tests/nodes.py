@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -21,10 +21,20 @@ RAY = str(Path(sys.executable).parent / "ray")
 
 
 class Nodes:
-    """`with Nodes() as cluster:` a head, and a second node that `kill_node` ends and starts anew."""
+    """`with Nodes() as cluster:` a head, and a second node that `kill_node` ends and starts anew.
 
-    def __init__(self, head_cpus: int = 2, node_cpus: int = 2) -> None:
+    `settings`: variables of both nodes; `options`: of `ray start`, for both.
+    """
+
+    def __init__(
+        self,
+        head_cpus: int = 2,
+        node_cpus: int = 2,
+        settings: Mapping[str, str] | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         self._head_cpus, self._node_cpus = head_cpus, node_cpus
+        self._settings, self._options = dict(settings or {}), tuple(options)
         # A short path: Unix sockets lie below it and may have 107 characters at most.
         self._temp = Path(tempfile.mkdtemp(prefix="arn", dir="/tmp"))
         (self._temp / "token").write_text(secrets.token_hex(16))
@@ -52,7 +62,7 @@ class Nodes:
         """End both nodes and all that runs on them."""
         for process in (self.node, self.head):
             if process is not None:
-                _kill_all(process.pid)
+                kill_all(process.pid)
                 process.wait()
         shutil.rmtree(self._temp, ignore_errors=True)
 
@@ -73,7 +83,7 @@ class Nodes:
     def lose_node(self) -> None:
         """SIGKILL to the second node and everything on it."""
         assert self.node is not None
-        _kill_all(self.node.pid)
+        kill_all(self.node.pid)
         self.node.wait()
         self.node = None
 
@@ -85,6 +95,11 @@ class Nodes:
     def is_on_node(self, pid: int) -> bool:
         """Whether a process belongs to the second node."""
         return self.node is not None and any(process.pid == pid for process in _family(self.node.pid))
+
+    def raylets_say(self, words: str) -> bool:
+        """Whether one of the nodes' raylets has that in its log."""
+        logs = (self._temp / "r").glob("session_*/logs/raylet*.*")
+        return any(words in log.read_text(errors="replace") for log in logs)
 
     def workers(self, name: str) -> list[psutil.Process]:
         """Ray's worker processes of this cluster that carry the name of an actor's class."""
@@ -107,8 +122,8 @@ class Nodes:
             [agent_port] = free_ports(1)
             command = [RAY, "start", "--block", "--disable-usage-stats", f"--dashboard-agent-listen-port={agent_port}"]
             process = subprocess.Popen(
-                [*command, *options],
-                env={name: value for name, value in self.environment.items() if name != "RAY_ADDRESS"},
+                [*command, *options, *self._options],
+                env={k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"} | self._settings,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
             for line in _lines(process):
@@ -132,7 +147,7 @@ def _family(pid: int) -> list[psutil.Process]:
     return []
 
 
-def _kill_all(pid: int) -> None:
+def kill_all(pid: int) -> None:
     """SIGKILL to a process and all it has started, as when a machine loses its power."""
     family = _family(pid)
     for process in family:

@@ -1,6 +1,7 @@
 """cluster.yaml is valid to Ray, and every recipe finds in it the nodes that its stages ask for."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,15 @@ def test_labels_start_nodes(definition: dict[str, Any]) -> None:
     """Only the autoscaler's second version looks at label selectors, and it is off by default."""
     (start,) = [command for command in definition["head_start_ray_commands"] if "ray start" in command]
     assert "RAY_enable_autoscaler_v2=1" in start.partition("ray start")[0]
+
+
+def test_the_heads_state_outlives_its_container(definition: dict[str, Any]) -> None:
+    """On a named volume, which takes its owner from the directory in the image."""
+    start, keeper = (c for c in definition["head_start_ray_commands"] if "ray stop" not in c)
+    (path,) = re.findall(r"RAY_gcs_storage=rocksdb RAY_gcs_storage_path=(\S+)", start.partition("ray start")[0])
+    assert definition["docker"]["head_run_options"] == [f"--volume=alpaca-ray-gcs:{path}"]
+    assert path in (ROOT / "deploy" / "Dockerfile").read_text().partition("RUN mkdir")[2].partition("\n")[0]
+    assert re.findall(r"--port[ =](\d+)", keeper) == re.findall(r"--port=(\d+)", start)
 
 
 def test_spot_groups_are_labelled(definition: dict[str, Any]) -> None:

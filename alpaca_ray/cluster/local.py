@@ -22,11 +22,13 @@ from typing import Any
 import psutil
 import yaml
 
+from alpaca_ray.cluster.job_table import look_after_jobs
 from alpaca_ray.config import UserError
 from alpaca_ray.doctor import is_free
 
 START_TIMEOUT_S = 90
 STOP_TIMEOUT_S = 30
+GCS_STATE = "gcs"  # in the cluster's directory
 DRAIN_TIMEOUT_S = 3  # Ray would wait 30 s for the work to move to another node; there is none
 
 
@@ -38,9 +40,9 @@ class LocalCluster:
     temp_dir: str
     pid: int
     process_started_s: float  # with the pid, names one process for good
-    gcs_port: int
     dashboard_port: int
     serve_port: int
+    gcs_port: int = 0  # 0: recorded before there was this field
 
     @property
     def dashboard(self) -> str:
@@ -57,23 +59,35 @@ class LocalCluster:
         return _environment(Path(self.directory)) | {"RAY_API_SERVER_ADDRESS": self.dashboard}
 
 
-def start(
+def start(  # noqa: PLR0913 - what differs between the demo's head, the twin's and the tests'
     directory: Path,
     num_cpus: int,
     extra_environment: dict[str, str],
     timeout_s: float = START_TIMEOUT_S,
     further_options: Callable[[int], Sequence[str]] = lambda _: (),
+    *,
+    is_durable: bool = False,
 ) -> LocalCluster:
     """Start a head and wait until it answers. `extra_environment` is seen by all its jobs and actors.
 
-    `further_options`: of `ray start`, by the port that the GCS will have. Raises UserError with the end of its log if
-    the head does not come up.
+    `further_options`: of `ray start`, by the port that the GCS will have. A durable head keeps its state in
+    `directory`. If it dies, the next start is the same head again, at the same address: it knows its jobs, and Serve's
+    applications go on. `stop` is for good.
+
+    Raises UserError with the end of its log if it does not come up.
     """
     directory.mkdir(parents=True, exist_ok=True)
     _write_token(directory / "token")
+    dead = recorded(directory) if is_durable else None
+    if dead is None:
+        shutil.rmtree(directory / GCS_STATE, ignore_errors=True)  # of a head whose address nobody knows any more
     # Unix sockets lie below it, and their paths may have 107 characters at most: not inside `directory`.
-    temp_dir = tempfile.mkdtemp(prefix="alpaca-ray-")
+    temp_dir = tempfile.mkdtemp(prefix="alpaca-ray-") if dead is None else dead.temp_dir
     gcs_port, dashboard_port, agent_port, client_port = free_ports(4)
+    if dead is not None:
+        gcs_port, dashboard_port = dead.gcs_port, dead.dashboard_port
+    if is_durable:
+        extra_environment = extra_environment | durable_environment(directory / GCS_STATE)
     command = [
         _script("ray"), "start", "--head", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus}",
         f"--temp-dir={temp_dir}", f"--port={gcs_port}", f"--ray-client-server-port={client_port}",
@@ -85,11 +99,18 @@ def start(
             command, env=_environment(directory) | extra_environment, stdout=log, stderr=log, start_new_session=True
         )
     started_s = psutil.Process(process.pid).create_time()
-    serve_port = 8000 if is_free(8000) else free_ports(1)[0]
-    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, gcs_port, dashboard_port, serve_port)
+    serve_port = dead.serve_port if dead is not None else 8000 if is_free(8000) else free_ports(1)[0]
+    cluster = LocalCluster(str(directory), temp_dir, process.pid, started_s, dashboard_port, serve_port, gcs_port)
     (directory / "cluster.json").write_text(json.dumps(asdict(cluster)))
     _wait_until_up(cluster, process, timeout_s)
+    if dead is not None:
+        look_after_jobs(agent_port, _authorization(cluster), timeout_s)
     return cluster
+
+
+def durable_environment(directory: Path) -> dict[str, str]:
+    """What a head needs to keep its state in a directory, by the database that is part of Ray's GCS."""
+    return {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": str(directory)}
 
 
 def recorded(directory: Path) -> LocalCluster | None:
@@ -115,7 +136,15 @@ def processes(cluster: LocalCluster) -> list[psutil.Process]:
 
 
 def stop(cluster: LocalCluster) -> None:
-    """End the head and all that was started for it, and remove Ray's temp dir.
+    """End the head and all that was started for it, and remove Ray's temp dir and the head's state."""
+    end(cluster)
+    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+    shutil.rmtree(Path(cluster.directory) / GCS_STATE, ignore_errors=True)
+    (Path(cluster.directory) / "cluster.json").unlink(missing_ok=True)
+
+
+def end(cluster: LocalCluster) -> None:
+    """End the head and all that was started for it. What a durable one needs to start again stays.
 
     Fake nodes are children of the autoscaler: they outlive it, and look for their head for a minute.
     """
@@ -133,8 +162,6 @@ def stop(cluster: LocalCluster) -> None:
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
-    (Path(cluster.directory) / "cluster.json").unlink(missing_ok=True)
 
 
 def submit(cluster: LocalCluster, name: str, entrypoint: Sequence[str], working_dir: Path) -> None:
@@ -196,10 +223,13 @@ def free_ports(count: int) -> list[int]:
 
 def ask_dashboard(cluster: LocalCluster, path: str) -> Any:
     """What the dashboard answers to a GET, with the cluster's token. Raises OSError where it does not answer."""
-    token = (Path(cluster.directory) / "token").read_text()
-    request = urllib.request.Request(cluster.dashboard + path, headers={"Authorization": f"Bearer {token}"})
+    request = urllib.request.Request(cluster.dashboard + path, headers=_authorization(cluster))
     with urllib.request.urlopen(request, timeout=30) as response:
         return json.load(response)
+
+
+def _authorization(cluster: LocalCluster) -> dict[str, str]:
+    return {"Authorization": f"Bearer {(Path(cluster.directory) / 'token').read_text()}"}
 
 
 def _environment(directory: Path) -> dict[str, str]:
@@ -261,5 +291,5 @@ def _wait_until_up(cluster: LocalCluster, process: subprocess.Popen[bytes], time
             return
         time.sleep(0.5)
     log = (Path(cluster.directory) / "head.log").read_text(errors="replace")[-2000:]
-    stop(cluster)
+    (end if (Path(cluster.directory) / GCS_STATE).exists() else stop)(cluster)
     raise UserError(f"the Ray head did not come up. The end of its log:\n{log}")

@@ -8,8 +8,9 @@ from typing import NamedTuple
 from alpaca_ray.config import UserError
 
 AWS_SECRET = re.compile(r"aws secretsmanager get-secret-value --secret-id (\S+) --query SecretString --output text")
-# An image has a PATH of its own, and where the head's state lies is another question on every target.
-OF_THE_MACHINE = ("PATH", "RAY_gcs_storage", "RAY_gcs_storage_path")
+# An image has a PATH of its own, and where the head's state lies is another question on every target; KubeRay sets how
+# long workers wait for their head.
+OF_THE_MACHINE = ("PATH", "RAY_gcs_storage", "RAY_gcs_storage_path", "RAY_gcs_rpc_server_reconnect_timeout_s")
 GCP_SECRET = "/home/ubuntu/venv/bin/python -m alpaca_ray.cluster.gcp_secret"
 
 

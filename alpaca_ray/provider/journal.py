@@ -10,11 +10,14 @@ Each writer has files of its own, so a line can be torn only where its writer di
 NFS records are appended, and an answer is synced before `answered` returns. An object store cannot append: there a
 writer puts what has come in within `FLUSH_S` as one part, and what was sent since the last part is not known to a
 later try.
+
+While the storage is away answers wait in memory, and nothing new is to go out: see `Writer.ready`.
 """
 
 import asyncio
 import errno
 import json
+import logging
 import os
 import socket
 import time
@@ -27,12 +30,16 @@ from typing import Any, Protocol
 
 import pyarrow.fs
 
-from alpaca_ray.artifacts import RunDirectory
+from alpaca_ray.artifacts import FIRST_PAUSE_S, MAX_PAUSE_S, RunDirectory, is_passing, patiently
 from alpaca_ray.provider.budget import Spent, pico_usd
 from alpaca_ray.schema import Completion
 
 FLUSH_S = 1.0
+STALL_S = 2.0  # a write that takes longer is none that others should pile up behind; S3 takes 0.1 s for a part
+POLL_S = 0.1
 _SUFFIX = ".journal"
+
+log = logging.getLogger("alpaca_ray")
 
 
 @dataclass(frozen=True)
@@ -46,12 +53,23 @@ class Cost:
 class Writer:
     """Writes to files of its own in the run's `directory`, named after host and process."""
 
-    def __init__(self, run: RunDirectory, directory: str) -> None:
+    def __init__(self, run: RunDirectory, directory: str, stall_s: float = STALL_S) -> None:
         self.name = f"{socket.gethostname().split('.')[0]}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._sink = _sink(run, f"{directory}/{self.name}")
         self._attempts = 0
         self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
+        self._patience_s, self._stall_s = run.patience_s, stall_s
+        self._writing_since_s: float | None = None  # on the loop's clock
+
+    def is_ready(self) -> bool:
+        """Whether answers get through to the storage. While they do not, a new one is paid for at a risk."""
+        return self._writing_since_s is None or _now_s() - self._writing_since_s <= self._stall_s
+
+    async def ready(self) -> None:
+        """Return when it is."""
+        while not self.is_ready():
+            await asyncio.sleep(POLL_S)
 
     def sent(self, key: str, worst: Cost) -> int:
         """Before it goes out; returns the attempt's number. Outlives a kill of this process. Raises OSError."""
@@ -65,7 +83,10 @@ class Writer:
         self._sink.append(_line(record))
 
     async def answered(self, key: str, attempt: int, completion: Completion) -> None:
-        """Return when the answer is durable. Answers that come together share one sync. Raises OSError."""
+        """Return when the answer is durable. Answers that come together share one sync.
+
+        Raises OSError when the storage was away for the run's `patience_s`, and at once for what does not pass.
+        """
         future = asyncio.get_running_loop().create_future()
         record = {"kind": "answered", "key": key, "attempt": attempt, "completion": vars(completion)}
         self._waiting.append((_line(record), future))
@@ -78,7 +99,7 @@ class Writer:
             await asyncio.sleep(self._sink.gather_s)
             batch, self._waiting = self._waiting, []
             try:
-                await asyncio.to_thread(self._sink.write_durably, b"".join(line for line, _ in batch))
+                await self._write(b"".join(line for line, _ in batch))
             except OSError as error:
                 for _, future in batch:
                     future.set_exception(error)
@@ -86,6 +107,21 @@ class Writer:
                 for _, future in batch:
                     future.set_result(None)
         self._flusher = None
+
+    async def _write(self, data: bytes) -> None:
+        self._writing_since_s, pause_s = _now_s(), FIRST_PAUSE_S
+        try:
+            while True:
+                try:
+                    return await asyncio.to_thread(self._sink.write_durably, data)
+                except OSError as error:
+                    if not is_passing(error) or _now_s() - self._writing_since_s > self._patience_s:
+                        raise
+                    log.warning("the journal cannot be written (%s): trying again, and nothing new is sent", error)
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, MAX_PAUSE_S)
+        finally:
+            self._writing_since_s = None
 
 
 class Journal:
@@ -103,7 +139,7 @@ class Journal:
     def refresh(self) -> None:
         """Read what was written since the last time. A line without its end is left for the next time."""
         selector = pyarrow.fs.FileSelector(self._run.path(self._directory), allow_not_found=True)
-        for info in self._run.fs.get_file_info(selector):
+        for info in patiently(lambda: self._run.fs.get_file_info(selector), self._run.patience_s):
             start = self._read_bytes.get(info.path, 0)
             if info.path.endswith(_SUFFIX) and info.size > start:
                 self._read_bytes[info.path] = start + self._take_lines(info.path, start, info.size - start)
@@ -125,8 +161,11 @@ class Journal:
         return Completion(**record["completion"])
 
     def _read(self, path: str, offset: int, length: int) -> bytes:
-        with self._run.fs.open_input_file(path) as file:
-            return bytes(file.read_at(length, offset))
+        def read() -> bytes:
+            with self._run.fs.open_input_file(path) as file:
+                return bytes(file.read_at(length, offset))
+
+        return patiently(read, self._run.patience_s)
 
     def _take_lines(self, path: str, start: int, length: int) -> int:
         """Take the whole lines; returns how many bytes they are."""
@@ -148,8 +187,10 @@ class Journal:
         if record["kind"] == "failed":
             cost = Cost(record["tokens"], record["usd"])
         else:
+            known = self._answers.setdefault(record["key"], where)
+            if known != where and _writer(known[0]) == attempt[0]:
+                return  # written again, since a sync had failed; it was paid for once
             completion = record["completion"]
-            self._answers.setdefault(record["key"], where)
             cost = Cost(completion["prompt_tokens"] + completion["completion_tokens"], completion["usd"])
         self.spent = Spent(self.spent.pico_usd + pico_usd(cost.usd), self.spent.tokens + cost.tokens)
 
@@ -200,11 +241,11 @@ class _Parts:
 
     gather_s = FLUSH_S
 
-    def __init__(self, fs: pyarrow.fs.FileSystem, stem: str) -> None:
-        self._fs, self._stem = fs, stem
+    def __init__(self, run: RunDirectory, stem: str) -> None:
+        self._fs, self._stem = run.fs, stem
         self._pending: list[bytes] = []
         self._parts = 0
-        fs.create_dir(stem.rpartition("/")[0], recursive=True)
+        patiently(lambda: run.fs.create_dir(stem.rpartition("/")[0], recursive=True), run.patience_s)
 
     def append(self, data: bytes) -> None:
         self._pending.append(data)
@@ -223,7 +264,11 @@ class _Parts:
 def _sink(run: RunDirectory, relative: str) -> _Sink:
     if isinstance(run.fs, pyarrow.fs.LocalFileSystem):
         return _File(Path(run.path(relative) + _SUFFIX))
-    return _Parts(run.fs, run.path(relative))
+    return _Parts(run, run.path(relative))
+
+
+def _now_s() -> float:
+    return asyncio.get_running_loop().time()
 
 
 def _writer(path: str) -> str:

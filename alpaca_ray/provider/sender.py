@@ -6,7 +6,7 @@ A sender lives in each generation actor; they all ask one gate.
 import asyncio
 import json
 import random
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -72,12 +72,12 @@ class Queue:
             self._asker = asyncio.create_task(self._ask())
         return await future
 
-    async def missed(self, turn: Turn) -> bool:
-        """Sleep until the turn; True if it has come too late to use, and is given back."""
+    async def missed(self, turn: Turn, may_send: Callable[[], bool]) -> bool:
+        """Sleep until the turn; True if it has come too late to use, or may not be used now, and is given back."""
         assert turn.permit is not None
         loop = asyncio.get_running_loop()
         await asyncio.sleep(turn.start_s - loop.time())
-        if loop.time() <= turn.end_s:
+        if loop.time() <= turn.end_s and may_send():
             return False
         await self._gate.give_back([turn.permit])
         return True
@@ -183,6 +183,7 @@ class Sender:
         """A completion, and the number of the attempt to file it under; None where there is nothing to file."""
         ask, failures = ask_for(key, request, self._teacher), 0
         while True:
+            await self._writer.ready()
             turn = await self._queue.turn(ask)
             if turn.stopped is not None:
                 return Completion(None, NOT_ASKED, error_detail=turn.stopped), None
@@ -190,7 +191,7 @@ class Sender:
                 if found := self._replay(key):
                     return found, None
                 ask = replace(ask, replayed=True)
-            elif not await self._queue.missed(turn):
+            elif not await self._queue.missed(turn, self._writer.is_ready):
                 completion, attempt = await self._attempt(ask, turn.permit, request, failures)
                 failures += completion.error is not None and completion.error != "rate_limit"
                 if completion.error is None or completion.error in FINAL_ERRORS:

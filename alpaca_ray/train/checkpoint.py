@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from alpaca_ray.artifacts import RunDirectory
+from alpaca_ray.artifacts import RunDirectory, patiently
 from alpaca_ray.train.strategy import Saving
 
 ROOT = "train/checkpoints"
@@ -145,12 +145,14 @@ class Shelf:
 
     def _steps(self) -> list[int]:
         selector = pyarrow.fs.FileSelector(self._run.path(ROOT), allow_not_found=True)
-        names = [info.base_name for info in self._run.fs.get_file_info(selector)]
+        infos = patiently(lambda: self._run.fs.get_file_info(selector), self._run.patience_s)
+        names = [info.base_name for info in infos]
         return sorted(int(name.removeprefix("step=")) for name in names if name.startswith("step="))
 
     def _file_bytes(self, step: int) -> dict[str, int]:
         selector = pyarrow.fs.FileSelector(self.path(step), allow_not_found=True, recursive=True)
-        files = (info for info in self._run.fs.get_file_info(selector) if info.is_file)
+        infos = patiently(lambda: self._run.fs.get_file_info(selector), self._run.patience_s)
+        files = (info for info in infos if info.is_file)
         inside = len(self.path(step)) + 1
         return {info.path[inside:]: info.size for info in files if not info.base_name.startswith(MARK)}
 
@@ -187,9 +189,7 @@ class Pending:
         try:
             self.saving.wait()
             if not is_shared(self.run):
-                target = self.shelf.path(self.step)
-                self.run.fs.create_dir(target, recursive=True)
-                pyarrow.fs.copy_files(str(self.local), target, destination_filesystem=self.run.fs)
+                patiently(self._send, self.run.patience_s)
                 shutil.rmtree(self.local)
             dist.barrier(own_group())
             if dist.get_rank() == 0:
@@ -198,6 +198,11 @@ class Pending:
             self._finished.set_exception(error)
             raise
         self._finished.set_result(None)
+
+    def _send(self) -> None:
+        target = self.shelf.path(self.step)
+        self.run.fs.create_dir(target, recursive=True)
+        pyarrow.fs.copy_files(str(self.local), target, destination_filesystem=self.run.fs)
 
     def wait(self) -> None:
         """Until `finish` has come to its end. Raises what it raised."""

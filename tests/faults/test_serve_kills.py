@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.table import FaultRow
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 900
 
@@ -31,7 +33,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Rows:
     return {row["name"]: row for row in json.loads(found.read_text())["rows"]}
 
 
-def test_streams_outlive_the_engine_that_gives_them(rows: Rows) -> None:
+def test_streams_outlive_the_engine_that_gives_them(rows: Rows, fault_row: FaultRow) -> None:
+    complete = rows["streams_complete"]["ours"] == 8
+    fault_row(
+        "serve replica",
+        lost="nothing" if complete else "streams",
+        repeated=f"the prompts of {rows['streams_resumed']['ours']} of 8 streams",
+        recovery_s=rows["kill_to_next_event_s"]["ours"],
+        until="the next token of a stream it had",
+    )
     assert rows["kills_of_engines"]["ours"] == 1
     assert rows["streams_resumed"]["ours"] >= 1
     assert rows["streams_complete"]["ours"] == 8
@@ -42,3 +52,26 @@ def test_streams_outlive_the_engine_that_gives_them(rows: Rows) -> None:
 def test_the_mark_holds_through_a_resume(rows: Rows) -> None:
     # The same tokens as of an undisturbed stream, that test says; and the detector finds the mark on it.
     assert rows["resumed_streams_marked"]["ours"] == ["marked", "marked"]
+
+
+@pytest.mark.slow_fault
+def test_the_loss_of_a_node_cuts_streams_at_most_and_loses_no_answer(tmp_path: Path, fault_row: FaultRow) -> None:
+    out = tmp_path / "found.json"
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "tests.faults.serve_node", str(out)]
+    ran = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-5000:]
+    found = json.loads(out.read_text())
+    where = "with" if found["ingress_on_node"] else "without"
+    fault_row(
+        "serve node",
+        lost="nothing" if found["same"] == 8 else "answers",
+        repeated=f"{found['cut']} of 8 streams were cut and asked again (a node {where} the ingress)",
+        recovery_s=found["recovery_s"],
+        until="the next token of every stream",
+    )
+    assert found["engines_on_node"] == 1
+    assert found["same"] == 8
+    assert found["ingress_on_node"] or found["cut"] == 0

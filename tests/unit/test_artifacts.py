@@ -15,7 +15,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alpaca_ray.artifacts import RunDirectory, begin_stage, finished, open_run, table_hash
+from alpaca_ray.artifacts import (
+    MAX_PAUSE_S,
+    RunDirectory,
+    begin_stage,
+    finished,
+    is_passing,
+    open_run,
+    patiently,
+    table_hash,
+)
 from alpaca_ray.config import RunConfig, UserError
 from alpaca_ray.settings import load_config
 
@@ -102,7 +111,7 @@ class _FailingFile(io.FileIO):
 
 
 def failing(run: RunDirectory, number: int) -> RunDirectory:
-    return RunDirectory(pa.fs.PyFileSystem(FailingDisk(number, room_bytes=3)), run.root)
+    return RunDirectory(pa.fs.PyFileSystem(FailingDisk(number, room_bytes=3)), run.root, patience_s=0.0)
 
 
 def test_what_is_written_is_read_back(run: RunDirectory) -> None:
@@ -172,6 +181,75 @@ def test_another_failure_stays_the_error_it_is(run: RunDirectory) -> None:
         failing(run, errno.EIO).write_bytes("a", b"a long text")
     assert caught.value.errno == errno.EIO
     assert caught.value.__cause__ is not caught.value  # a chain that bites its tail hangs whoever walks along it
+
+
+class Storage:
+    """Away for `away_s` of a clock that only pauses move."""
+
+    def __init__(self, away_s: float, error: OSError) -> None:
+        self.now_s, self.away_s, self.error = 0.0, away_s, error
+        self.pauses: list[float] = []
+
+    def read(self) -> str:
+        if self.now_s < self.away_s:
+            raise self.error
+        return "read"
+
+    def sleep(self, pause_s: float) -> None:
+        self.pauses.append(pause_s)
+        self.now_s += pause_s
+
+    def asked(self, patience_s: float) -> str:
+        return patiently(self.read, patience_s, lambda: self.now_s, self.sleep)
+
+
+AWAY = OSError(errno.ESTALE, "Stale file handle")
+
+
+@given(away_s=st.floats(0, 300))
+def test_a_storage_that_comes_back_in_time_is_only_late(away_s: float) -> None:
+    storage = Storage(away_s, AWAY)
+    assert storage.asked(patience_s=300) == "read"
+    assert storage.now_s <= away_s + MAX_PAUSE_S
+    assert storage.pauses == sorted(storage.pauses)
+
+
+@given(patience_s=st.floats(0, 300))
+def test_patience_ends_with_the_storage_s_own_error(patience_s: float) -> None:
+    storage = Storage(10_000, AWAY)
+    with pytest.raises(OSError, match="Stale") as caught:
+        storage.asked(patience_s)
+    assert caught.value is AWAY
+    assert patience_s <= storage.now_s <= patience_s + MAX_PAUSE_S
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "no such file"),
+        PermissionError(errno.EACCES, "denied"),
+        OSError(errno.ENOSPC, "full"),
+        OSError(
+            "When getting information for key 'a' in bucket 'b': AWS Error ACCESS_DENIED during HeadObject operation"
+        ),
+    ],
+)
+def test_what_does_not_pass_is_an_error_at_once(error: OSError) -> None:
+    storage = Storage(10, error)
+    with pytest.raises(type(error)):
+        storage.asked(patience_s=300)
+    assert not storage.pauses
+
+
+def test_a_store_that_nobody_can_reach_is_one_that_may_come_back() -> None:
+    """In the words of the SDK that pyarrow uses now."""
+    retries = pa.fs.AwsStandardS3RetryStrategy(max_attempts=1)
+    store = pa.fs.S3FileSystem(
+        access_key="a", secret_key="b", endpoint_override="127.0.0.1:9", scheme="http", retry_strategy=retries
+    )
+    with pytest.raises(OSError, match="AWS") as caught:
+        store.get_file_info("bucket/key")
+    assert is_passing(caught.value)
 
 
 def write_model(directory: Path, *names: str) -> Path:

@@ -1,6 +1,8 @@
 """What was answered is read back whole; what a crash, a full disk or a bad sector left is skipped, and nothing else."""
 
 import asyncio
+import dataclasses
+import errno
 import json
 import os
 import resource
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from alpaca_ray.artifacts import RunDirectory, open_run
 from alpaca_ray.provider.journal import Cost, Journal, Writer
 from alpaca_ray.schema import Completion
+from tests.faults.away import open_away
 
 DIRECTORY = "generate/journal"
 WORST = Cost(100, 0.25)
@@ -168,6 +171,86 @@ def test_a_full_disk_is_an_error_and_spoils_no_later_line(tmp_path: Path) -> Non
     asyncio.run(answer(writer, "c", completion("after")))
     journal = Journal(run, DIRECTORY)
     assert [journal.answer(key) for key in "abc"] == [completion("small"), None, completion("after")]
+
+
+async def is_held_back(writer: Writer) -> bool:
+    try:
+        await asyncio.wait_for(writer.ready(), 0.05)
+    except TimeoutError:
+        return True
+    return False
+
+
+def test_an_answer_waits_for_a_storage_that_is_away_and_nothing_else_goes_out(tmp_path: Path) -> None:
+    """About 2 s: an object store's writer gathers for one."""
+    flag = tmp_path / "away"
+    run = open_away(tmp_path, "run", flag)
+
+    async def outage() -> None:
+        writer = Writer(run, DIRECTORY, stall_s=0.0)
+        assert not await is_held_back(writer)
+        flag.touch()
+        filing = asyncio.create_task(answer(writer, "a", completion("1")))
+        async with asyncio.timeout(60):
+            while not await is_held_back(writer):
+                assert not filing.done()
+            flag.unlink()
+            await filing
+            await writer.ready()
+
+    asyncio.run(outage())
+    journal = Journal(run, DIRECTORY)
+    assert journal.answer("a") == completion("1")
+    assert (journal.spent.tokens, journal.in_flight()) == (10, [])
+
+
+class SyncFails:
+    """A sink whose first sync fails after the line was written, as on a network filesystem."""
+
+    gather_s = 0.0
+
+    def __init__(self, writer: Writer) -> None:
+        self._sink, self._fails = writer._sink, True
+
+    def append(self, data: bytes) -> None:
+        self._sink.append(data)
+
+    def write_durably(self, data: bytes) -> None:
+        if self._fails:
+            self._fails = False
+            self._sink.append(data)
+            raise OSError(errno.EIO, "no answer")
+        self._sink.write_durably(data)
+
+
+def test_an_answer_that_was_written_again_was_paid_for_once(tmp_path: Path) -> None:
+    run = local(tmp_path)
+
+    async def twice() -> None:
+        writer = Writer(run, DIRECTORY)
+        writer._sink = SyncFails(writer)
+        await answer(writer, "a", completion("1"))
+        await answer(writer, "b", completion("2"))
+
+    asyncio.run(twice())
+    [file] = files(tmp_path)
+    assert file.read_bytes().count(b'"answered"') == 3
+    journal = Journal(run, DIRECTORY)
+    assert [journal.answer(key) for key in "ab"] == [completion("1"), completion("2")]
+    assert journal.spent.tokens == 20
+
+
+def test_patience_ends(tmp_path: Path) -> None:
+    flag = tmp_path / "away"
+    run = dataclasses.replace(open_away(tmp_path, "run", flag), patience_s=0.0)
+
+    async def outage() -> None:
+        writer = Writer(run, DIRECTORY)
+        flag.touch()
+        await answer(writer, "a", completion("1"))
+
+    with pytest.raises(OSError, match="the storage is away"):
+        asyncio.run(outage())
 
 
 def test_a_line_can_be_read_by_hand(tmp_path: Path) -> None:

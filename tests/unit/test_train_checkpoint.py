@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from alpaca_ray.artifacts import RunDirectory
 from alpaca_ray.train import checkpoint
 from alpaca_ray.train.checkpoint import MARK, Complete, Shelf, kept_steps
+from tests.faults.away import open_away
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,6 +143,23 @@ def test_other_storage_gets_what_was_written_beside_it(tmp_path: Path) -> None:
     pending.finish()
     assert [mark.file_bytes for mark in shelf.complete()] == [{"part": 1}]
     assert not pending.local.exists()
+
+
+def test_a_checkpoint_waits_for_a_storage_that_is_away(tmp_path: Path) -> None:
+    flag = tmp_path / "away"
+    run = open_away(tmp_path, "run", flag)
+    state, shelf = Slow(), Shelf(run, num_to_keep=1, keep_best=False)
+    pending = checkpoint.begin(state, run, shelf, None)
+    flag.touch()
+    thread = Thread(target=pending.finish)
+    thread.start()
+    state.released.set()
+    thread.join(0.2)  # so that it has most likely tried; before the storage is back it cannot end
+    assert not pending.is_finished
+    flag.unlink()
+    pending.wait()
+    thread.join()
+    assert [mark.file_bytes for mark in shelf.complete()] == [{"part": 1}]
 
 
 @dataclass
