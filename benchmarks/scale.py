@@ -183,7 +183,7 @@ def head(num_actors: int) -> Iterator[Row]:
     """What the head's processes grow by for each actor of a pool, and how fast they start on these cores."""
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
-        actor = ray.remote(num_cpus=0)(Idle)
+        actor: Any = ray.remote(num_cpus=0)(Idle)
         ray.get([actor.remote().ping.remote() for _ in range(2)])  # what the first one loads is not an actor's
         servers = {name: process for process in psutil.process_iter(["name"])
                    if (name := process.info["name"]) in ("gcs_server", "raylet")}  # fmt: skip
