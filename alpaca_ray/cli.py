@@ -68,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     runs = commands.add_parser("runs", help="the runs of a storage path: stage, state, counts, cost, where")
     runs.add_argument("storage_path", help="as jobs take it: a directory, or a URI such as s3://bucket/runs")
     runs.add_argument("--json", action="store_true", help="all that is known, as JSON")
+    runs.add_argument("--cluster", type=Path, help="a cluster.yaml: what each run did cost on its nodes")
+    runs.add_argument("--prices", type=Path, help="of instances, as for `estimate`")
     estimate = commands.add_parser(
         "estimate",
         help="memory, time and cost of a run before it starts; exit code 1 if training cannot fit",
@@ -145,6 +147,9 @@ def _down(arguments: argparse.Namespace) -> int:
 def _runs(arguments: argparse.Namespace) -> int:
     from alpaca_ray.cluster import runs
 
+    if arguments.cluster is not None:
+        print(runs.costs(arguments.storage_path, arguments.cluster, arguments.prices))
+        return 0
     states = runs.states(arguments.storage_path, time.time())
     print(runs.to_json(states) if arguments.json else runs.render(states))
     return 0

@@ -205,7 +205,7 @@ def cost_of(
             nodes = group.nodes(counts[stage], placement, stage)
             usd = manifest["counts"].get("usd", 0.0)
             costs.append(cost(stage, group, nodes, manifest["wall_time_s"] / 3600, prices, usd))
-    return costs + _head(costs, groups, prices)
+    return costs + _head(costs, groups, prices) if costs else []
 
 
 def cost(  # noqa: PLR0913, PLR0917 - a row of the table
@@ -236,7 +236,32 @@ def _serving(groups: Mapping[str, Group], prices: Prices) -> list[StageCost]:
 
 
 def render(costs: Sequence[StageCost], prices: Prices, mode: str = "online") -> str:
-    """The table, its sum and what it takes for granted."""
+    """The table of an estimate, its sum and what it takes for granted."""
+    return "\n".join(
+        [
+            *_table(costs), "", "assumptions", _of_prices(prices),
+            f"  {START_H * 60:.0f} minutes for nodes to start, and the idle time-out, in each stage's hours",
+            f"  generation: {TOKENS_PER_INSTRUCTION:.0f} tokens an instruction (Alpaca's, at most), all at the "
+            f"dearer price, {OUTPUT_TOKENS_PER_S:.0f} tokens/s a request or the recipe's limits;",
+            "    `jobs/generate.py --dry-run` measures it" if mode == "online" else "    a day for the Batch API",
+            f"  evaluation: {EVALUATED_TOKENS_PER_S:.0f} tokens/s a model; serving: one node; "
+            "no disks, traffic, or storage; spot without what is done twice",
+        ]
+    )  # fmt: skip
+
+
+def render_spent(costs: Sequence[StageCost], prices: Prices) -> str:
+    """The table of what a run did cost, and what is not in it."""
+    return "\n".join(
+        [
+            *_table(costs), "", _of_prices(prices),
+            "  hours: the last try of each stage that is done, on as many nodes as its config asks for at most;",
+            "  not in it: earlier tries, nodes that start or idle, disks, traffic and storage. The API: all tries",
+        ]
+    )  # fmt: skip
+
+
+def _table(costs: Sequence[StageCost]) -> list[str]:
     lines = [f"{'stage':<14}{'nodes':<20}{'hours':>8}{'on demand':>13}{'spot':>12}{'API':>11}"]
     for item in costs:
         nodes = f"{item.num_nodes} x {item.group.instance_type}"
@@ -247,18 +272,11 @@ def render(costs: Sequence[StageCost], prices: Prices, mode: str = "online") -> 
     run = [item.as_defined_usd for item in costs if item.stage != "serve, a day"]
     known = [usd for usd in run if usd is not None]
     total = f"${sum(known):,.2f}" if len(known) == len(run) else f"more than ${sum(known):,.2f}"
-    return "\n".join(
-        [
-            *lines, "", f"the run, in the markets marked *, with the API: {total}", "", "assumptions",
-            f"  prices of {prices.region} as read on {prices.read}, to be checked: {prices.source}",
-            f"  {START_H * 60:.0f} minutes for nodes to start, and the idle time-out, in each stage's hours",
-            f"  generation: {TOKENS_PER_INSTRUCTION:.0f} tokens an instruction (Alpaca's, at most), all at the "
-            f"dearer price, {OUTPUT_TOKENS_PER_S:.0f} tokens/s a request or the recipe's limits;",
-            "    `jobs/generate.py --dry-run` measures it" if mode == "online" else "    a day for the Batch API",
-            f"  evaluation: {EVALUATED_TOKENS_PER_S:.0f} tokens/s a model; serving: one node; "
-            "no disks, traffic, or storage; spot without what is done twice",
-        ]
-    )  # fmt: skip
+    return [*lines, "", f"the run, in the markets marked *, with the API: {total}"]
+
+
+def _of_prices(prices: Prices) -> str:
+    return f"  prices of {prices.region} as read on {prices.read}, to be checked: {prices.source}"
 
 
 def _usd(value: float | None, width: int) -> str:

@@ -4,13 +4,15 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from pydantic import ValidationError
 
 from alpaca_ray.artifacts import RunDirectory, open_runs
-from alpaca_ray.cluster import ledger
-from alpaca_ray.config import STAGES
+from alpaca_ray.cluster import ledger, pricing
+from alpaca_ray.config import STAGES, RunConfig, explain
 
 # "begun" without a pipeline: nobody has written down whether it runs. "lost": it ran, and nobody has seen it since.
 State = Literal["done", "running", "failed", "stopped", "lost", "begun", "not begun"]
@@ -56,6 +58,30 @@ def render(states: Sequence[StageState]) -> str:
 def to_json(states: Sequence[StageState]) -> str:
     """A JSON list, one object a stage."""
     return json.dumps([asdict(state) for state in states], indent=2, ensure_ascii=False)
+
+
+def costs(storage_path: str, cluster: Path, prices: Path | None) -> str:
+    """What each run there did cost on the groups of a cluster.yaml, as far as its stages are done.
+
+    Raises UserError for a path that cannot be opened, and for a wrong cluster.yaml or price table.
+    """
+    table, (groups, _) = pricing.load_prices(prices), pricing.load_groups(cluster)
+    return "\n\n".join(
+        f"{run.root.rpartition('/')[2]}\n{_cost(run, groups, table)}"
+        for run in open_runs(storage_path)
+        if any(run.exists(f"{stage}/manifest.json") for stage in STAGES)
+    )
+
+
+def _cost(run: RunDirectory, groups: Mapping[str, pricing.Group], prices: pricing.Prices) -> str:
+    try:
+        config = RunConfig.model_validate(yaml.safe_load(run.read_bytes("config.yaml"))["config"])
+    except ValidationError as error:
+        return explain(error, run.path("config.yaml"), RunConfig)
+    paths = [f"{stage}/manifest.json" for stage in STAGES]
+    manifests = [run.read_json(path) for path in paths if run.exists(path)]
+    spent = pricing.cost_of(manifests, config, groups, prices)
+    return pricing.render_spent(spent, prices) if spent else "its stages select no group: it cost nothing on a cluster"
 
 
 def _of_run(run: RunDirectory, now_s: float) -> list[StageState]:

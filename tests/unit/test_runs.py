@@ -7,12 +7,14 @@ import pytest
 import yaml
 
 from alpaca_ray import cli
-from alpaca_ray.artifacts import RunDirectory, open_run
+from alpaca_ray.artifacts import RunDirectory, begin_stage, open_run
 from alpaca_ray.cluster import ledger
 from alpaca_ray.cluster.ledger import Attempt
 from alpaca_ray.cluster.runs import states
 from alpaca_ray.config import UserError
+from alpaca_ray.settings import load_config
 
+ROOT = Path(__file__).parents[2]
 NOW_S = 1_795_000_000.0
 
 
@@ -85,6 +87,35 @@ def test_the_table_has_a_line_a_stage_and_json_has_all(storage: Path, capsys: py
     [first, *_] = json.loads(capsys.readouterr().out)
     assert first["counts"] == {"kept": 40, "requests": 24, "usd": 1.234567, "reasons": {}}
     assert first["usd"] == 1.234567
+
+
+def test_what_a_run_did_cost_is_told_on_the_nodes_of_a_cluster(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config(["--recipe", "alpaca_7b", "--name", "r", "--storage-path", str(tmp_path)])
+    run = open_run(str(tmp_path), "r")
+    begin_stage(run, config, "generate", {})
+    run.write_json("generate/manifest.json", {"stage": "generate", **manifest({"usd": 37.5}), "wall_time_s": 7200})
+    prices = tmp_path / "prices.yaml"
+    prices.write_text(
+        "{region: here, read: 2026-01-01, source: a test, instances: "
+        "{m6i.2xlarge: {on_demand_usd_per_hour: 0.5, spot_usd_per_hour: 0.25}}}"
+    )
+
+    assert cli.main(["runs", str(tmp_path), "--cluster", str(ROOT / "cluster.yaml"), "--prices", str(prices)]) == 0
+
+    [row] = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("generate")]
+    nodes = int(row[1])
+    assert row[2:] == ["x", "m6i.2xlarge", "2.00", f"${nodes * 1:.2f}", f"${nodes * 0.5:.2f}*", "$37.50"]
+
+
+def test_a_run_on_this_machine_cost_nothing_on_a_cluster(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config(["--recipe", "tiny_cpu", "--name", "r", "--storage-path", str(tmp_path)])
+    run = open_run(str(tmp_path), "r")
+    begin_stage(run, config, "generate", {})
+    run.write_json("generate/manifest.json", {"stage": "generate", **manifest({"usd": 0.0})})
+    assert cli.main(["runs", str(tmp_path), "--cluster", str(ROOT / "cluster.yaml")]) == 0
+    assert "select no group" in capsys.readouterr().out
 
 
 def test_no_runs_are_no_error_and_a_wrong_path_is(tmp_path: Path) -> None:
