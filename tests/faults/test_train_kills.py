@@ -5,6 +5,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.train_kills import NOTICE_S, RARE, kill_steps, kill_writers, lose_nodes
 from tests.faults.table import FaultRow
 from tests.nodes import Nodes
@@ -40,6 +42,7 @@ def test_a_run_with_killed_workers_is_the_undisturbed_run(tmp_path: Path, fault_
     assert outcome.other_size_weights <= 1e-5
 
 
+@pytest.mark.slow_fault  # eleven workers start, one after the other: six minutes on two busy cores
 def test_a_run_goes_on_without_a_node_and_grows_back(tmp_path: Path, fault_row: FaultRow) -> None:
     with Nodes(2, 2) as cluster:
         outcome = lose_nodes(tmp_path, cluster, is_taken=False)
