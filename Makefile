@@ -32,7 +32,7 @@ test-vllm: $(VLLM_INSTALLED)
 
 # An empty -m: all of them. One process, for each test has the machine's cores to itself.
 faults: $(INSTALLED)
-	$(BIN)/python -m pytest tests/faults -m ""
+	$(BIN)/python -m pytest tests/faults tests/ray/test_twin.py -m ""
 
 check: $(INSTALLED)
 	$(BIN)/pre-commit run --all-files

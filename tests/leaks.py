@@ -61,11 +61,15 @@ def in_dashboard(secrets: dict[str, str], dashboard: str, token: str) -> Iterato
         filled = {pattern.format(job=job, node=node["node_id"]) for job in jobs for node in nodes}
         for path in sorted(filled):
             yield from (f"{name}: {path}" for name in held(secrets, ask(path)))
-    for target in json.loads(ask("/api/prometheus/sd"))[0]["targets"]:
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as response:
-            page = response.read()
-        assert b"ray_" in page
+    pages = {target: metrics_of(target) for target in json.loads(ask("/api/prometheus/sd"))[0]["targets"]}
+    assert any(b"ray_" in page for page in pages.values())
+    for target, page in pages.items():
         yield from (f"{name}: metrics of {target}" for name in held(secrets, page))
+
+
+def metrics_of(target: str) -> bytes:
+    with urllib.request.urlopen(f"http://{target}/metrics", timeout=60) as response:
+        return bytes(response.read())
 
 
 def held(secrets: dict[str, str], data: bytes) -> Iterator[str]:

@@ -39,6 +39,7 @@ def test_generation_grows_to_two_cpu_nodes_and_back_and_starts_no_other(here: Tw
     assert generate(here).started == {"generate": 2}
 
 
+@pytest.mark.slow_fault
 def test_the_shipped_recipes_trainer_finds_room_on_two_nodes_of_its_own(here: Twin) -> None:
     assert room(here).started == {"train": 2}
 
@@ -65,6 +66,7 @@ def ray_says(exports: dict[str, str], script: str, *options: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow_fault
 def test_a_request_wakes_a_node_and_none_outlives_a_head_that_was_killed(here: Twin) -> None:
     before = {node["node_id"] for node in here.nodes()}
     deploy(here)
