@@ -14,7 +14,7 @@ from alpaca_ray.cluster.local import LocalCluster
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-DEADLINE_S = 300.0
+DEADLINE_S = 600.0  # of work of half a minute: other clusters may have the cores
 POLL_S = 0.1
 
 
