@@ -3,8 +3,8 @@
 python -m tests.live_dashboards --prometheus /usr/bin/prometheus [--directory .demo]
 
 Starts the demo and Prometheus with the configuration that ships, and asks every panel's query again and again until it
-has returned data. Behind the demo come some requests that are refused, so that refusals are there to be seen. Prints a
-row for each query; the exit code is 0 if every panel has had data, and every query but those of OPTIONAL.
+has returned data. Behind the demo come requests that it does not make: refused ones, and streams. Prints a
+row for each query; the exit code is 0 if every query has had data but those of OPTIONAL.
 """
 
 import argparse
@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from openai import OpenAI
 
 from alpaca_ray.cluster import local
+from alpaca_ray.demo import STUDENT
 
 ROOT = Path(__file__).parents[1]
 MONITORING = ROOT / "deploy" / "monitoring"
@@ -91,11 +93,14 @@ def has_data(address: str, query: str) -> bool:
     return any(series["value"][1] != "NaN" for series in result)
 
 
-def refused_requests(cluster: local.LocalCluster) -> None:
-    """A few without a key."""
-    for _ in range(3):
-        with suppress(urllib.error.HTTPError):
-            urllib.request.urlopen(f"{cluster.serve_url}/v1/models", timeout=30)
+def more_requests(cluster: local.LocalCluster) -> None:
+    """What the demo does not ask: without a key, and for a stream."""
+    with suppress(urllib.error.HTTPError):
+        urllib.request.urlopen(f"{cluster.serve_url}/v1/models", timeout=30)
+    key = (Path(cluster.directory) / "api_key").read_text()
+    with OpenAI(base_url=f"{cluster.serve_url}/v1", api_key=key, timeout=120) as client:
+        for _ in client.completions.create(model=STUDENT, prompt="A rainbow is", max_tokens=8, stream=True):
+            pass
 
 
 def watch(address: str, wanted: list[Query], demo: "subprocess.Popen[bytes]", cluster: local.LocalCluster) -> None:
@@ -109,7 +114,7 @@ def watch(address: str, wanted: list[Query], demo: "subprocess.Popen[bytes]", cl
             break
         if demo.poll() is not None:
             ended_s = ended_s or time.monotonic()
-            refused_requests(cluster)  # again and again: a rate needs two scrapes that differ in nothing but their time
+            more_requests(cluster)  # again and again: a rate is that between two scrapes
         time.sleep(ASK_EVERY_S)
 
 
