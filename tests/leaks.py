@@ -3,19 +3,18 @@
 import base64
 import json
 import stat
-import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
 
-# All that Ray's dashboard serves of a cluster, but profilers. {job} and {node} are filled in.
+# All that Ray's dashboard serves of a cluster, but profilers and training runs. {job} and {node} are filled in.
 DASHBOARD = (
     "/nodes?view=summary", "/nodes?view=hostNameList", "/nodes/{node}", "/logical/actors", "/test/dump",
     "/api/cluster_status", "/api/v0/cluster_metadata", "/api/jobs/", "/api/jobs/{job}", "/api/jobs/{job}/logs",
     "/api/component_activities", "/api/serve/applications/", "/events", "/api/v0/cluster_events",
-    "/api/train/v2/runs/v1", "/api/data/datasets/{job}", "/api/v0/actors?detail=1", "/api/v0/jobs?detail=1",
+    "/api/data/datasets/{job}", "/api/v0/actors?detail=1", "/api/v0/jobs?detail=1",
     "/api/v0/nodes?detail=1", "/api/v0/placement_groups?detail=1", "/api/v0/workers?detail=1",
     "/api/v0/tasks?detail=1", "/api/v0/objects?detail=1", "/api/v0/runtime_envs?detail=1", "/api/v0/tasks/timeline",
 )  # fmt: skip
@@ -47,11 +46,8 @@ def in_dashboard(secrets: dict[str, str], dashboard: str, token: str) -> Iterato
 
     def ask(path: str) -> bytes:
         request = urllib.request.Request(dashboard + path, headers={"Authorization": f"Bearer {token}"})
-        try:
-            with urllib.request.urlopen(request, timeout=60) as response:
-                return bytes(response.read())
-        except urllib.error.HTTPError as error:
-            return bytes(error.read())
+        with urllib.request.urlopen(request, timeout=60) as response:  # raises for an error's page
+            return bytes(response.read())
 
     jobs = [job["submission_id"] for job in json.loads(ask("/api/jobs/")) if job["submission_id"]]
     nodes = json.loads(ask("/api/v0/nodes"))["data"]["result"]["result"]
