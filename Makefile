@@ -45,7 +45,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/train_kills.py --quick
 	$(BIN)/python benchmarks/pipeline_kills.py --quick
 	$(BIN)/python benchmarks/watermark.py --quick
-	$(BIN)/python benchmarks/int8.py --quick
+	$(BIN)/python benchmarks/quantization.py --quick
 	$(BIN)/python benchmarks/serve.py --quick
 	$(BIN)/python benchmarks/serve_kills.py --quick
 	$(BIN)/python benchmarks/serve_load.py --quick

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 STAGES = ("generate", "train", "evaluate")
+Quantization = Literal["float16", "int8"]  # what a linear layer's weights are kept in
 
 # Marks a field that says where or how fast a stage runs, not what it makes: such a field is no part of the
 # config hash, so a run can go on with another number of workers or through another endpoint.
@@ -273,7 +274,7 @@ class ServeArgs(Strict):
     prompt_format: Literal["chat_template", "plain"] = "chat_template"
     engine: Literal["torch", "vllm"] = "torch"  # vllm: the extra of that name, for GPUs
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    quantization: Literal["int8"] | None = None  # of the linear layers, on x86 CPUs, with dtype float32
+    quantization: Quantization | None = None  # of the linear layers' weights, on x86 CPUs, with dtype float32
     max_length: PositiveInt = 2048  # prompt and completion together, in tokens
     max_batch_size: PositiveInt = 16
     num_replicas: PositiveInt = 1
@@ -293,7 +294,7 @@ class ServeArgs(Strict):
     def _quantizes_where_it_can(self) -> "ServeArgs":
         if self.quantization and (self.engine != "torch" or self.dtype != "float32" or self.placement.num_gpus > 0):
             raise ValueError(
-                "quantization: int8 is for engine: torch with dtype: float32 and placement.num_gpus: 0; "
+                f"quantization: {self.quantization} is for engine: torch, dtype: float32, placement.num_gpus: 0; "
                 "vLLM serves models that were quantized before, without it"
             )
         return self

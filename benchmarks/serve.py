@@ -33,7 +33,7 @@ from alpaca_ray import models
 from alpaca_ray.schema import read_evaluation_tasks
 from alpaca_ray.serve.app import OPENMP
 from benchmarks.serve_ceiling import Ceiling, measure_ceiling
-from benchmarks.serve_layers import INT8, LAYERS, served
+from benchmarks.serve_layers import LAYERS, QUANTIZED, end, served
 from benchmarks.serve_sides import (
     HttpSide,
     LineSide,
@@ -49,7 +49,7 @@ from benchmarks.serve_sides import (
 
 Row = dict[str, Any]
 PEERS_DIR = Path(__file__).parent / "peers"
-OURS = ("engine", "engine_watermark", *LAYERS, INT8)
+OURS = ("engine", "engine_watermark", *LAYERS, *QUANTIZED)
 WHOLE = LAYERS[-1]
 NUM_STREAMS = 16
 PEERS = {
@@ -155,7 +155,11 @@ class Bench:
         """A peer and ours, by turns."""
         self.sides.add(name, make)
         kinds = ("16", "1", "16_sampled") if name == "vllm" else ("16", "1")
-        taken = self.turns(("engine", "serve", WHOLE, INT8, name), self.plan.peer_rounds, kinds)
+        if name.startswith("llamacpp"):
+            ours: tuple[str, ...] = ("engine",)
+        else:
+            ours = (*(("serve",) if name == "generate" else ()), WHOLE, *QUANTIZED)
+        taken = self.turns((*ours, name), self.plan.peer_rounds, kinds)
         self.sides.end(name)
         return taken
 
@@ -198,17 +202,18 @@ def costs(taken: Taken) -> Iterator[Row]:
 
 
 def ratios(name: str, dtype: str, taken: Taken) -> Iterator[Row]:
-    """Ours with every layer on against a server that has none of them; beside it, ours with none."""
+    """Ours with every layer on against a server that has none of them; beside it, ours with none.
+
+    vLLM's goals are for weights of 16 bits: ours are in float16, its own in `dtype`, which may be more.
+    """
     goals = {("generate", "16"): 6.0, ("continuous", "16"): 4.0, ("vllm", "16"): 1.0, ("vllm", "1"): 0.9}
-    ours, bare = ("engine", "engine") if name.startswith("llamacpp") else (WHOLE, "serve")
+    ours = "engine" if name.startswith("llamacpp") else "float16" if name == "vllm" else WHOLE
     for kind in [kind for of, kind in taken if of == name and (ours, kind) in taken]:
         goal, peer, mine = goals.get((name, kind)), rate(taken, name, kind), rate(taken, ours, kind)
-        plain = rate(taken, bare, kind) if (bare, kind) in taken else None
-        int8 = rate(taken, INT8, kind) / peer if (INT8, kind) in taken else None
+        others = [of for of in ("serve", WHOLE, *QUANTIZED) if of != ours and (of, kind) in taken]
         yield {"name": f"against_{name}_{kind}", "ours": round(mine, 1), "ours_is": ours, "peer": round(peer, 1),
                "peer_name": PEERS[name], "ratio": round(mine / peer, 2),
-               "ratio_without_layers": round(plain / peer, 2) if plain else None,
-               "ratio_with_int8": round(int8, 2) if int8 else None, "peer_dtype": dtype,
+               "ratios_of": {of: round(rate(taken, of, kind) / peer, 2) for of in others}, "peer_dtype": dtype,
                "unit": "tokens/s", "goal": f">= {goal:g} times" if goal else "none, for comparison",
                "holds": goal is None or mine / peer >= goal}  # fmt: skip
 
@@ -286,12 +291,14 @@ def main() -> int:
         rows = [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling), *missing(sides)]
         dtypes = {"vllm": options.vllm_dtype, "llamacpp_q4": "Q4_1"}
         sides.end("engine_watermark")  # its memory is wanted
+        end(sides, [layer for layer in LAYERS if layer not in ("serve", WHOLE)])
         made = peers(sides, model, options) if "peers" in options.parts else {}
         for name, make in made.items():
             beside = bench.against(name, make)
             rows += [*figures(beside, name), *ratios(name, dtypes.get(name, "float32"), beside)]
             if name == "generate":
                 rows += equality(beside)
+                end(sides, ["serve"])
         rows += missing_peers(sides, made) if "peers" in options.parts else []
     for row in rows:
         print(json.dumps(row), file=sys.stderr)

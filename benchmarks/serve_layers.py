@@ -1,12 +1,12 @@
 """[RAY SERVE] The served application with its layers switched, for benchmarks/serve.py.
 
 `serve` is the engine behind Ray Serve and the API; each further name has one layer more; `admission` is the
-application itself, as alpaca_ray.serve.app builds it, and `int8` is that with 8-bit weights.
+application itself, as alpaca_ray.serve.app builds it; `float16` and `int8` are that with weights of 16 and 8 bits.
 """
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from alpaca_ray.config import AdmissionConfig, ServeArgs, WatermarkConfig
+from alpaca_ray.config import AdmissionConfig, Quantization, ServeArgs, WatermarkConfig
 from alpaca_ray.safety.moderation import moderator
 from alpaca_ray.serve.api import create_api
 from alpaca_ray.serve.app import EngineReplica, RemoteModel, actor_options, build, served_name
@@ -25,9 +25,9 @@ from alpaca_ray.serve.moderated import ModeratedModel
 from alpaca_ray.serve.resume import Resuming
 from benchmarks.serve_sides import ENGINE_ARGS, WATERMARK_KEY, HttpSide, Sides, free_port
 
-Layer = Literal["serve", "watermark", "moderation", "admission", "int8"]
+Layer = Literal["serve", "watermark", "moderation", "admission", "float16", "int8"]
 LAYERS: tuple[Layer, ...] = ("serve", "watermark", "moderation", "admission")
-INT8: Layer = "int8"
+QUANTIZED: tuple[Layer, ...] = ("float16", "int8")
 MAX_ONGOING = 200
 
 
@@ -47,7 +47,7 @@ class Ingress:
 
 def application(args: ServeArgs, layer: Layer) -> serve.Application:
     """The layers up to this one. Those between the first and the last share the last one's engine replica."""
-    if layer in ("admission", INT8):
+    if layer in ("admission", *QUANTIZED):
         return build(args)
     engine = serve.deployment(ray_actor_options=actor_options(args.placement), max_ongoing_requests=MAX_ONGOING)
     ingress = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING)
@@ -67,12 +67,19 @@ def served(model: str, sides: Sides) -> Iterator[None]:
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             key = _secrets(Path(temp))
-            for layer in (*LAYERS[::-1], INT8):
+            for layer in (*LAYERS[::-1], *QUANTIZED):
                 sides.add(layer, partial(_side, model, layer, port, Path(temp), key))
             yield
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
             ray.shutdown()
+
+
+def end(sides: Sides, layers: Sequence[Layer]) -> None:
+    """Take them out of the cluster: an application that nobody asks still takes time from those that are asked."""
+    for layer in layers:
+        sides.end(layer)
+        serve.delete(layer)
 
 
 def _secrets(directory: Path) -> str:
@@ -85,10 +92,11 @@ def _secrets(directory: Path) -> str:
 
 
 def _side(model: str, layer: Layer, port: int, directory: Path, key: str) -> HttpSide:
+    given: dict[Layer, Quantization] = {"float16": "float16", "int8": "int8"}
     args = ServeArgs(
         model=model,
         **ENGINE_ARGS,
-        quantization="int8" if layer == INT8 else None,
+        quantization=given.get(layer),
         watermark=WatermarkConfig(enabled=layer != "serve", key_file=str(directory / "watermark_key")),
         admission=AdmissionConfig(key_file=str(directory / "keys.jsonl")),
     )

@@ -148,14 +148,12 @@ class StepOutcome:
     same_weights: bool
     each_once: bool
     unfinished: int
-    other_size_loss: float  # largest relative difference
-    other_size_weights: float  # largest difference
     recovery_s: list[float]  # from a kill to the next step that any rank has done
     repeated_steps: int  # over all kills
 
 
 def kill_steps(directory: Path, cluster: Nodes, kills: int, seed: int) -> StepOutcome:
-    """The same run undisturbed, with kills on two workers, and with a kill after which one worker goes on."""
+    """The same run undisturbed and with kills, on two workers."""
     model = write_tiny_model(directory / "model")
     num_examples = 14 + 2 * kills
     plan: dict[str, Any] = {"num_examples": num_examples, "overrides": RARE | {"max_failures": kills}}
@@ -165,30 +163,43 @@ def kill_steps(directory: Path, cluster: Nodes, kills: int, seed: int) -> StepOu
     steps = sorted(rng.sample(range(1, num_steps), kills))
     # every other kill waits a little, for the writing of a checkpoint that the step began
     hits = [(step, rng.randrange(2), rng.uniform(0.01, 0.2) if i % 2 else 0.0) for i, step in enumerate(steps)]
-    _encode_alike(whole, directory / "killed/r", directory / "one/r")
+    _encode_alike(whole, directory / "killed/r")
     driver = start(directory / "killed", cluster, model, **plan, kills=hits)
     killed = _to_the_end(driver)
-    one = _on_one_worker(directory / "one", cluster, model, plan, steps[len(steps) // 2])
     return StepOutcome(
         kills=len(list(driver.watch.glob("killed-*"))),
         same_losses=[r.loss for r in metrics.read(killed)] == [r.loss for r in metrics.read(whole)],
         same_weights=_manifest(killed)["outputs"] == _manifest(whole)["outputs"],
         each_once=each_once(driver.rows(), killed),
         unfinished=len(_unfinished(directory / "killed/r/train/checkpoints")),
-        other_size_loss=max(abs(a.loss - b.loss) / b.loss for a, b in _pairs(one, whole)),
-        other_size_weights=_largest_difference(one, whole),
         recovery_s=[round(s, 1) for s in recoveries(driver)],
         repeated_steps=repeated_steps(driver.rows()),
     )
 
 
-def _encode_alike(whole: RunDirectory, *others: Path) -> None:
-    """Give other runs the dataset as this one has encoded it, which takes a run longer than some steps."""
-    for other in others:
-        shutil.copytree(whole.path("generate"), other / "generate")
-        (other / "train").mkdir()
-        for table in Path(whole.path("train")).glob("*.parquet"):
-            shutil.copy(table, other / "train")
+@dataclass(frozen=True)
+class ResizeOutcome:
+    loss: float  # largest relative difference
+    weights: float  # largest difference
+
+
+def resize(directory: Path, cluster: Nodes, num_examples: int, step: int) -> ResizeOutcome:
+    """The same run undisturbed on two workers, and with a kill at a step after which one worker goes on."""
+    model = write_tiny_model(directory / "model")
+    plan: dict[str, Any] = {"num_examples": num_examples, "overrides": RARE}
+    whole = _to_the_end(start(directory / "whole", cluster, model, **plan))
+    _encode_alike(whole, directory / "one/r")
+    one = _on_one_worker(directory / "one", cluster, model, plan, step)
+    loss = max(abs(a.loss - b.loss) / b.loss for a, b in _pairs(one, whole))
+    return ResizeOutcome(loss, _largest_difference(one, whole))
+
+
+def _encode_alike(whole: RunDirectory, other: Path) -> None:
+    """Give another run the dataset as this one has encoded it, which takes a run longer than some steps."""
+    shutil.copytree(whole.path("generate"), other / "generate")
+    (other / "train").mkdir()
+    for table in Path(whole.path("train")).glob("*.parquet"):
+        shutil.copy(table, other / "train")
 
 
 def _on_one_worker(directory: Path, cluster: Nodes, model: Path, plan: dict[str, Any], step: int) -> RunDirectory:
@@ -365,7 +376,8 @@ def writer_rows(directory: Path, quick: bool, seed: int) -> list[dict[str, Any]]
 def step_rows(directory: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
     wanted = 4 if quick else 20
     with Nodes(3, 2) as cluster:
-        outcome = kill_steps(directory, cluster, wanted, seed)
+        outcome = kill_steps(directory / "kills", cluster, wanted, seed)
+        resized = resize(directory / "resized", cluster, num_examples=16, step=2)
     middle_s = statistics.median(outcome.recovery_s)
     return [
         row("kills_of_workers", outcome.kills, "SIGKILLs", f">= {wanted}", outcome.kills >= wanted),
@@ -373,10 +385,8 @@ def step_rows(directory: Path, quick: bool, seed: int) -> list[dict[str, Any]]:
         row("weights_bitwise_equal", outcome.same_weights, "bool", "true", outcome.same_weights),
         row("each_example_once_an_epoch", outcome.each_once, "bool", "true", outcome.each_once),
         row("partial_checkpoints_left_by_a_run", outcome.unfinished, "", "0", outcome.unfinished == 0),
-        row("loss_on_another_world_size", outcome.other_size_loss, "relative", "<= 1e-5",
-            outcome.other_size_loss <= 1e-5),
-        row("weights_on_another_world_size", outcome.other_size_weights, "absolute", "<= 1e-5",
-            outcome.other_size_weights <= 1e-5),
+        row("loss_on_another_world_size", resized.loss, "relative", "<= 1e-5", resized.loss <= 1e-5),
+        row("weights_on_another_world_size", resized.weights, "absolute", "<= 1e-5", resized.weights <= 1e-5),
         row("kill_to_next_step_s", middle_s, "s", "<= 60", middle_s <= 60, each=outcome.recovery_s),
     ]  # fmt: skip
 

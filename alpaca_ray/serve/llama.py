@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from alpaca_ray.config import Quantization
 from alpaca_ray.serve.attention import Segment, segments
 from alpaca_ray.serve.decoder import Chunk
 from alpaca_ray.serve.linear import Linear, fuse
@@ -46,7 +47,9 @@ class _Layer:
 class LlamaDecoder:
     """A Decoder with fused and packed weights. Its cache is allocated at once: every slot at full length."""
 
-    def __init__(self, model: "PreTrainedModel", num_slots: int, max_length: int, int8: bool = False) -> None:
+    def __init__(
+        self, model: "PreTrainedModel", num_slots: int, max_length: int, quantization: Quantization | None = None
+    ) -> None:
         llama: Any = model
         self.num_slots, self.max_length, self.device = num_slots, max_length, model.device
         self.vocab_size = int(llama.config.vocab_size)
@@ -54,9 +57,9 @@ class LlamaDecoder:
         self._num_key_heads = llama.config.num_key_value_heads
         self._head_dim = llama.model.layers[0].self_attn.head_dim
         self._embedding = llama.model.embed_tokens.weight.detach()  # (V, E)
-        self._layers = [_layer(layer, int8) for layer in llama.model.layers]
+        self._layers = [_layer(layer, quantization) for layer in llama.model.layers]
         self._norm = llama.model.norm.weight.detach()
-        self._head = fuse([llama.lm_head], int8)
+        self._head = fuse([llama.lm_head], quantization)
         self._cos, self._sin = _rotations(llama.model.rotary_emb, max_length, self._embedding)
         # On a CPU a page of zeros takes no memory before it is written to.
         shape = (len(self._layers), 2, num_slots, max_length, self._num_key_heads, self._head_dim)
@@ -129,15 +132,15 @@ class _Batch:
         self.segments: list[Segment] = segments(chunks, self.rotation[0])
 
 
-def _layer(layer: Any, int8: bool) -> _Layer:
+def _layer(layer: Any, quantization: Quantization | None) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         attention_norm=layer.input_layernorm.weight.detach(),
-        query_key_value=fuse([attention.q_proj, attention.k_proj, attention.v_proj], int8),
-        output=fuse([attention.o_proj], int8),
+        query_key_value=fuse([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
+        output=fuse([attention.o_proj], quantization),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate_up=fuse([mlp.gate_proj, mlp.up_proj], int8),
-        down=fuse([mlp.down_proj], int8),
+        gate_up=fuse([mlp.gate_proj, mlp.up_proj], quantization),
+        down=fuse([mlp.down_proj], quantization),
     )
 
 

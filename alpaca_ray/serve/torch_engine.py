@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alpaca_ray import models
-from alpaca_ray.config import Placement, ServeArgs, UserError
+from alpaca_ray.config import Placement, Quantization, ServeArgs, UserError
 from alpaca_ray.serve.decoder import Decoder, ModuleDecoder
 from alpaca_ray.serve.engine import Delta, EngineError, Health, SchemaError, TokenRequest, room_for_completion
 from alpaca_ray.serve.grammar import Grammar, Grammars
-from alpaca_ray.serve.linear import has_int8
+from alpaca_ray.serve.linear import has_quantization
 from alpaca_ray.serve.llama import LlamaDecoder, supports
 from alpaca_ray.serve.sampling import RowSampling
 from alpaca_ray.serve.schedule import Row, Schedule, Turn
@@ -58,24 +58,27 @@ def _load(args: ServeArgs) -> tuple[Decoder, frozenset[int]]:
             "set dtype: float32 in the application's args"
         )
     model: Any = models.load_model(args.model, args.dtype)
-    is_int8 = args.quantization == "int8"
-    if is_int8 and not has_int8():
-        raise UserError("quantization: int8 needs torch's FBGEMM, which this machine's torch lacks: leave it out")
-    return decoder_for(model.to(device), args.max_batch_size, args.max_length, is_int8), end_token_ids(model)
+    if args.quantization and not has_quantization():
+        raise UserError(f"quantization: {args.quantization} needs a torch with FBGEMM: leave it out")
+    return decoder_for(model.to(device), args.max_batch_size, args.max_length, args.quantization), end_token_ids(model)
 
 
-def decoder_for(model: "PreTrainedModel", num_slots: int, max_length: int, int8: bool = False) -> Decoder:
+def decoder_for(
+    model: "PreTrainedModel", num_slots: int, max_length: int, quantization: Quantization | None = None
+) -> Decoder:
     """Our own forward pass where it knows the architecture, transformers' where not.
 
-    Raises UserError where `int8` is asked of the latter.
+    Raises UserError where `quantization` is asked of the latter.
     """
     max_length = min(max_length, getattr(model.config, "max_position_embeddings", max_length))
     if not supports(model):
-        if int8:
-            raise UserError(f"quantization: int8 is for Llama models, not {type(model).__name__}: leave it out")
+        if quantization:
+            raise UserError(
+                f"quantization: {quantization} is for Llama models, not {type(model).__name__}: leave it out"
+            )
         logger.warning("%s is decoded row by row, with transformers' own code", type(model).__name__)
         return ModuleDecoder(model, num_slots, max_length)
-    decoder = LlamaDecoder(model, num_slots, max_length, int8)
+    decoder = LlamaDecoder(model, num_slots, max_length, quantization)
     logger.info("the cache of %d rows of %d tokens is %.1f GB", num_slots, max_length, decoder.cache_bytes / 1e9)
     return decoder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.train_kills import NOTICE_S, RARE, kill_steps, kill_writers, lose_nodes
+from benchmarks.train_kills import NOTICE_S, RARE, kill_steps, kill_writers, lose_nodes, resize
 from tests.faults.table import FaultRow
 from tests.nodes import Nodes
 
@@ -38,8 +38,14 @@ def test_a_run_with_killed_workers_is_the_undisturbed_run(tmp_path: Path, fault_
     assert outcome.same_weights
     assert outcome.each_once
     assert outcome.unfinished == 0
-    assert outcome.other_size_loss <= 1e-5
-    assert outcome.other_size_weights <= 1e-5
+
+
+@pytest.mark.slow_fault  # three runs; tests/distributed/test_train_ranks.py is the short form
+def test_a_killed_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+    with Nodes(3, 2) as cluster:
+        outcome = resize(tmp_path, cluster, num_examples=16, step=2)
+    assert outcome.loss <= 1e-5
+    assert outcome.weights <= 1e-5
 
 
 @pytest.mark.slow_fault  # eleven workers start, one after the other: six minutes on two busy cores

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from alpaca_ray.config import ServeArgs, UserError
+from alpaca_ray.config import Quantization, ServeArgs, UserError
 from alpaca_ray.serve.decoder import Chunk, Decoder, ModuleDecoder
 from alpaca_ray.serve.engine import SamplingParams, TokenRequest
-from alpaca_ray.serve.linear import fuse, has_int8
+from alpaca_ray.serve.linear import fuse, has_quantization
 from alpaca_ray.serve.llama import LlamaDecoder, supports
 from alpaca_ray.serve.torch_engine import decoder_for, load_engine
 
@@ -197,10 +197,10 @@ def test_the_cache_is_bounded_and_said() -> None:
     assert decoder.cache_bytes == 2 * 2 * 3 * LENGTH * 2 * 8 * 4  # layers, k and v, slots, tokens, heads, width, bytes
 
 
-needs_int8 = pytest.mark.skipif(not has_int8(), reason="torch has no FBGEMM on this machine")
+needs_fbgemm = pytest.mark.skipif(not has_quantization(), reason="torch has no FBGEMM on this machine")
 
 
-@needs_int8
+@needs_fbgemm
 @pytest.mark.parametrize("num_rows", [1, 3, 16, 70])
 def test_an_8_bit_layer_is_near_the_layer_and_a_row_is_the_same_alone(num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
@@ -209,7 +209,7 @@ def test_an_8_bit_layer_is_near_the_layer_and_a_row_is_the_same_alone(num_rows: 
     rows[0, 3] = 30.0  # an outlier makes its own row coarser, and no other
     with torch.inference_mode():
         exact = torch.cat([layer(rows) for layer in layers], dim=-1)
-        eights = fuse(layers, int8=True)
+        eights = fuse(layers, "int8")
         found = eights(rows)
         alone = torch.cat([eights(row[None]) for row in rows])
     assert torch.equal(found, alone)
@@ -218,34 +218,49 @@ def test_an_8_bit_layer_is_near_the_layer_and_a_row_is_the_same_alone(num_rows: 
     assert off[1:].numel() == 0 or off[1:].max() < 0.03
 
 
-@needs_int8
+@needs_fbgemm
 def test_an_8_bit_layer_overflows_nowhere() -> None:
     layer = torch.nn.Linear(512, 8, bias=False)
     torch.nn.init.ones_(layer.weight)
     with torch.inference_mode():
-        found = fuse([layer], int8=True)(torch.tensor([[1.0], [-1.0]]).expand(2, 512).contiguous())
+        found = fuse([layer], "int8")(torch.tensor([[1.0], [-1.0]]).expand(2, 512).contiguous())
     assert torch.allclose(found, torch.tensor([[512.0], [-512.0]]).expand(2, 8))
 
 
-@needs_int8
+@needs_fbgemm
 def test_an_8_bit_layer_takes_rows_and_weights_of_zeros() -> None:
     layer = torch.nn.Linear(32, 8)
     torch.nn.init.zeros_(layer.weight)
     with torch.inference_mode():
-        assert torch.equal(fuse([layer], int8=True)(torch.zeros(2, 32)), layer.bias.expand(2, 8))
+        assert torch.equal(fuse([layer], "int8")(torch.zeros(2, 32)), layer.bias.expand(2, 8))
 
 
-@needs_int8
-def test_int8_is_refused_where_it_would_do_nothing() -> None:
-    with pytest.raises(UserError, match="GPT2LMHeadModel: leave it out"):
-        decoder_for(gpt2(), 1, 8, int8=True)
+@needs_fbgemm
+def test_a_layer_in_float16_is_the_layer_of_those_weights_and_a_row_is_the_same_among_any_others() -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.nn.Linear(64, 40), torch.nn.Linear(64, 24)]
+    rows = torch.randn(96, 64, generator=generator)
+    with torch.inference_mode():
+        weight, bias = torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
+        halved = fuse(layers, "float16")
+        found = halved(rows)
+        assert torch.allclose(found, torch.nn.functional.linear(rows, weight.half().float(), bias), atol=1e-6)
+        for num_rows in range(1, 97):
+            assert torch.equal(halved(rows[:num_rows]), found[:num_rows]), num_rows
+
+
+@needs_fbgemm
+@pytest.mark.parametrize("quantization", ["float16", "int8"])
+def test_quantization_is_refused_where_it_would_do_nothing(quantization: Quantization) -> None:
+    with pytest.raises(UserError, match=f"quantization: {quantization} is for Llama models, not GPT2LMHeadModel"):
+        decoder_for(gpt2(), 1, 8, quantization)
     for wrong in ({"dtype": "bfloat16"}, {"dtype": "float32", "engine": "vllm"}):
-        with pytest.raises(ValueError, match="quantization: int8 is for engine: torch"):
-            ServeArgs.model_validate({"model": "m", "quantization": "int8", **wrong})
+        with pytest.raises(ValueError, match=f"quantization: {quantization} is for engine: torch"):
+            ServeArgs.model_validate({"model": "m", "quantization": quantization, **wrong})
 
 
-@needs_int8
-def test_the_engine_computes_in_8_bits_where_its_args_say_so(tiny_model: Path) -> None:
+@needs_fbgemm
+def test_the_engine_computes_with_the_weights_that_its_args_say(tiny_model: Path) -> None:
     async def logprob(quantization: str | None) -> float:
         given = {"model": str(tiny_model), "dtype": "float32", "max_length": 16, "quantization": quantization}
         engine = load_engine(ServeArgs.model_validate(given))
@@ -258,6 +273,7 @@ def test_the_engine_computes_in_8_bits_where_its_args_say_so(tiny_model: Path) -
         assert found is not None
         return found
 
-    exact, eights = (asyncio.run(logprob(quantization)) for quantization in (None, "int8"))
-    assert eights != exact
+    exact, halved, eights = (asyncio.run(logprob(quantization)) for quantization in (None, "float16", "int8"))
+    assert len({exact, halved, eights}) == 3
+    assert halved == pytest.approx(exact, abs=1e-4)
     assert eights == pytest.approx(exact, abs=0.05)
