@@ -7,6 +7,7 @@ import sys
 
 from alpaca_ray.artifacts import Stage, begin_stage, open_run
 from alpaca_ray.cli import announce, run_job
+from alpaca_ray.cluster.sole_driver import make_alone
 from alpaca_ray.generate import dataset
 from alpaca_ray.settings import load_config
 
@@ -21,7 +22,7 @@ def main() -> None:
         return
     stage = begin_stage(run, config, "generate", dataset.inputs(config.generate))
     if stage.manifest is None:
-        dataset.generate(stage)
+        make_alone(stage, dataset.generate)
     announce(stage)
 
 

@@ -4,6 +4,7 @@ import sys
 
 from alpaca_ray.artifacts import begin_stage, open_run
 from alpaca_ray.cli import announce, run_job
+from alpaca_ray.cluster.sole_driver import make_alone
 from alpaca_ray.settings import load_config
 from alpaca_ray.train import trainer
 
@@ -14,7 +15,7 @@ def main() -> None:
     run = open_run(config.storage_path, config.name)
     stage = begin_stage(run, config, "train", trainer.inputs(run))
     if stage.manifest is None:
-        trainer.train(stage)
+        make_alone(stage, trainer.train)
     announce(stage)
 
 

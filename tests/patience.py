@@ -2,7 +2,8 @@
 
 import contextlib
 import socket
-import time
+
+from tests.waiting import wait
 
 START_TIMEOUT_S = 300
 
@@ -31,10 +32,7 @@ def start_serve(port: int) -> None:
 
     with contextlib.suppress(TimeoutError, RayActorError):  # GetTimeoutError is a TimeoutError
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-    until = time.monotonic() + START_TIMEOUT_S
-    while not _listens(port):
-        assert time.monotonic() < until, f"Serve's proxy does not listen on port {port} after {START_TIMEOUT_S} s"
-        time.sleep(0.1)
+    wait(lambda: _listens(port), f"Serve's proxy on port {port}", START_TIMEOUT_S)
 
 
 def _listens(port: int) -> bool:

@@ -17,7 +17,10 @@ Refusal = tuple[int, str]  # status, error code
 
 
 class Teacher(ThreadingHTTPServer):
-    """`requests` holds the body of every completion request; `refusals` are given first, one per request."""
+    """`requests` holds the body of every completion request; `refusals` are given first, one per request.
+
+    No answer is given before `may_answer` is set, as it is from the start.
+    """
 
     daemon_threads = True
 
@@ -28,6 +31,8 @@ class Teacher(ThreadingHTTPServer):
         self.refusals: list[Refusal] = []
         self.always: Refusal | None = None
         self.lock = threading.Lock()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
@@ -52,6 +57,7 @@ class _Routes(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         refusal = self.server.next_refusal(body)
+        self.server.may_answer.wait()
         if refusal:
             return self._send(refusal[0], {"error": {"message": "scripted refusal", "code": refusal[1]}})
         text = tasks(body["seed"])

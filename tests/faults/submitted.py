@@ -4,18 +4,16 @@ import json
 import secrets
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from alpaca_ray.cluster.local import LocalCluster
+from tests.waiting import wait
 
 ROOT = Path(__file__).parents[2]
 RAY = str(Path(sys.executable).parent / "ray")
-DEADLINE_S = 600.0  # of work of half a minute: other clusters may have the cores
-POLL_S = 0.1
 
 
 class Job:
@@ -56,11 +54,3 @@ def ask(cluster: LocalCluster, path: str) -> Any:
     request = urllib.request.Request(cluster.dashboard + path, headers={"Authorization": f"Bearer {token}"})
     with urllib.request.urlopen(request, timeout=60) as response:
         return json.load(response)
-
-
-def wait(holds: Callable[[], object], what: str, deadline_s: float = DEADLINE_S) -> None:
-    """Until something is so. Raises AssertionError where it never is: a hang is a failure."""
-    until_s = time.monotonic() + deadline_s
-    while not holds():
-        assert time.monotonic() < until_s, f"never seen: {what}"
-        time.sleep(POLL_S)

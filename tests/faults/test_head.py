@@ -19,11 +19,12 @@ from alpaca_ray.cluster import local
 from alpaca_ray.provider.journal import records
 from benchmarks.kills import MAX_IN_FLIGHT, job, paid, violations
 from tests.faults.kept import kept_head
-from tests.faults.submitted import POLL_S, Job, ask, wait
+from tests.faults.submitted import Job, ask
 from tests.faults.table import FaultRow
 from tests.nodes import kill_all
 from tests.patience import PATIENT, START_TIMEOUT_S
 from tests.referee.process import RefereeProcess
+from tests.waiting import POLL_S, wait
 
 ROOT = Path(__file__).parents[2]
 NUM_INSTRUCTIONS = 160  # some 80 requests

@@ -11,10 +11,10 @@ import pytest
 from alpaca_ray.artifacts import open_run
 from alpaca_ray.provider.journal import records
 from benchmarks.kills import MAX_IN_FLIGHT, ROOT, Driver, aftermath, job, paid, violations
-from tests.faults.submitted import wait
 from tests.faults.table import FaultRow
 from tests.nodes import Nodes
 from tests.referee.process import RefereeProcess
+from tests.waiting import wait
 
 ANSWERS = {"num_tasks": [2, 3], "latency_s": [0.1, 1.0]}
 NUM_INSTRUCTIONS = 160  # some 80 requests

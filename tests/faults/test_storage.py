@@ -12,10 +12,10 @@ import pytest
 from alpaca_ray.artifacts import open_run
 from alpaca_ray.provider.journal import FLUSH_S, STALL_S, records
 from benchmarks.kills import MAX_IN_FLIGHT, Driver, job, paid, violations
-from tests.faults.submitted import wait
 from tests.faults.table import FaultRow
 from tests.nodes import Nodes
 from tests.referee.process import RefereeProcess
+from tests.waiting import wait
 
 AWAY_S = 60.0
 REQUESTS_PER_MINUTE = 300

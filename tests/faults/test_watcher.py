@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tests.metadata import MetadataServer
 from tests.nodes import Nodes
-from tests.unit.test_preemption import ended, lines, start_line, wait_for
+from tests.unit.test_preemption import ended, lines, start_line
+from tests.waiting import wait
 
 NOTICE_TO_DRAIN_S = 5.0
 NODES = """
@@ -42,11 +43,11 @@ def test_the_line_drains_its_node_in_time(tmp_path: Path) -> None:
         line = line.replace("/home/ubuntu/venv/bin", str(Path(sys.executable).parent))
         environment = cluster.environment | {"HOME": str(tmp_path)}
         subprocess.run(["bash", "-c", f"({line})"], env=environment, check=True, capture_output=True)
-        wait_for(lambda: bool(lines(tmp_path)))
+        wait(lambda: lines(tmp_path), "the watcher")
         assert server.asked.wait(60)
         server.take_back(0.0)  # Google gives 30 s from here
         shown_s = time.monotonic()
-        wait_for(lambda: lines(tmp_path)[-1]["event"] == "draining")
+        wait(lambda: lines(tmp_path)[-1]["event"] == "draining", "the drain")
         notice_to_drain_s = time.monotonic() - shown_s
         after = ask_ray(cluster)
         said = lines(tmp_path)

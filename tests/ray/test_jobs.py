@@ -1,8 +1,11 @@
 """Jobs as a team runs them: a head of its own, `ray job submit`, `serve deploy`."""
 
+import json
 import os
 import secrets
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -16,6 +19,7 @@ from alpaca_ray.config import UserError
 from alpaca_ray.serve.keys import make_key
 from tests import leaks
 from tests.teacher import Teacher
+from tests.waiting import wait
 
 ROOT = Path(__file__).parents[2]
 KEY = make_key("canary", ["generate", "detect"])  # the teacher's and the server's: a served model is a teacher too
@@ -43,19 +47,34 @@ def generate(storage: Path, teacher_url: str, model: str, *overrides: str) -> li
     ]  # fmt: skip
 
 
-def test_a_submitted_job_makes_its_stage_and_the_second_one_does_nothing(
+def test_of_two_jobs_of_a_stage_one_makes_it_and_the_other_waits(
     cluster: local.LocalCluster, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with Teacher(KEY.secret) as teacher:
+    said = ""
+
+    def is_said(text: str) -> bool:
+        nonlocal said
+        said += capfd.readouterr().out
+        return text in said
+
+    with Teacher(KEY.secret) as teacher, ThreadPoolExecutor(2) as pool, ExitStack() as before_the_pool:
+        teacher.may_answer.clear()
+        before_the_pool.callback(teacher.may_answer.set)
         entrypoint = generate(tmp_path, teacher.base_url, "scripted")
-        local.submit(cluster, "generate", entrypoint, ROOT)
-        asked = len(teacher.requests)
-        local.submit(cluster, "generate", entrypoint, ROOT)
+        jobs = [pool.submit(local.submit, cluster, "generate", entrypoint, ROOT)]
+        wait(lambda: teacher.requests, "the first job's first request")
+        jobs.append(pool.submit(local.submit, cluster, "generate", entrypoint, ROOT))
+        wait(lambda: is_said("is being made by job generate-"), "the second job's word that it waits")
+        teacher.may_answer.set()
+        for job in jobs:
+            job.result()
         teacher.shutdown()
 
     assert open_run(str(tmp_path), "tiny_cpu").read_table("generate/dataset.parquet").num_rows == 12
-    assert len(teacher.requests) == asked
-    assert capfd.readouterr().out.count("generate is done") == 2
+    asked = [json.dumps(request, sort_keys=True) for request in teacher.requests]
+    assert len(asked) == len(set(asked))
+    assert is_said("waiting for its end")
+    assert said.count("generate is done") == 2
 
 
 def test_a_job_that_fails_is_told_from_one_that_succeeds(

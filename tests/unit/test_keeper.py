@@ -5,7 +5,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -14,16 +14,10 @@ import pytest
 from alpaca_ray.cluster.job_table import look_after_jobs
 from alpaca_ray.cluster.keeper import ENDED, NO_GCS, Kept, find_gcs, is_alive, keep
 from alpaca_ray.cluster.local import free_ports
+from tests.waiting import wait
 
 DEADLINE_S = 120.0
 WAITS = "import time; time.sleep(600)"
-
-
-def wait_for(what: Callable[[], object]) -> None:
-    until = time.monotonic() + DEADLINE_S
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def start(directory: Path, name: str, argument: str) -> "subprocess.Popen[bytes]":
@@ -46,7 +40,7 @@ def head(tmp_path: Path, port: int) -> "Iterator[tuple[subprocess.Popen[bytes], 
         start(tmp_path, "gcs_server", f"--gcs_server_port={port}"),
         start(tmp_path, "raylet", f"--gcs-address=127.0.0.1:{port}"),
     )
-    wait_for(lambda: find_gcs(port))
+    wait(lambda: find_gcs(port), "a GCS")
     yield processes
     for process in processes:
         process.kill()
@@ -65,11 +59,11 @@ def test_a_gcs_that_dies_is_started_as_it_was_until_the_head_ends(
 
     keeper = threading.Thread(target=watch)
     keeper.start()
-    wait_for(lambda: said == ["keeping"])
+    wait(lambda: said == ["keeping"], "the keeper's first word")
     first = find_gcs(port)
     gcs.kill()
-    wait_for(lambda: said[-1] == "gcs_started")
-    wait_for(lambda: find_gcs(port))
+    wait(lambda: said[-1] == "gcs_started", "a new GCS")
+    wait(lambda: find_gcs(port), "a GCS")
     second = find_gcs(port)
     assert isinstance(first, Kept)
     assert isinstance(second, Kept)

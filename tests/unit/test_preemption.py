@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +26,7 @@ from alpaca_ray.cluster.preemption import (
 )
 from alpaca_ray.config import UserError
 from tests.metadata import MetadataServer, azure_event
+from tests.waiting import wait
 
 ROOT = Path(__file__).parents[2]
 NOW_S = 1_800_000_000.0
@@ -297,13 +297,6 @@ def lines(home: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
 
 
-def wait_for(what: Callable[[], bool]) -> None:
-    until = time.monotonic() + WAIT_S
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def events(home: Path) -> list[str]:
     return [line["event"] for line in lines(home)]
 
@@ -328,16 +321,16 @@ def test_the_line_of_cluster_yaml_watches_beyond_its_shell_and_a_newer_watcher_e
     lock = tmp_path / "spot-watcher.lock"
     with MetadataServer(("gcp",)) as server, ended(tmp_path):
         start_by_line(tmp_path, server.url)
-        wait_for(lambda: events(tmp_path) == ["watching"])
+        wait(lambda: events(tmp_path) == ["watching"], "the first watcher")
         older = lock.read_text()
         start_by_line(tmp_path, server.url)
-        wait_for(lambda: events(tmp_path) == ["watching", "watching"])
+        wait(lambda: events(tmp_path) == ["watching", "watching"], "the second watcher")
         assert str(lock) not in _command_of(older)
         assert str(lock) in _command_of(lock.read_text())
         assert server.asked.wait(WAIT_S)
         server.take_back(0.0)  # Google gives no time
-        wait_for(lambda: events(tmp_path)[-1] == "draining")
-        wait_for(lambda: str(lock) not in _command_of(lock.read_text()))
+        wait(lambda: events(tmp_path)[-1] == "draining", "the drain")
+        wait(lambda: str(lock) not in _command_of(lock.read_text()), "the end of the watcher")
     assert events(tmp_path) == ["watching", "watching", "notice", "draining"]
     assert lines(tmp_path)[0]["cloud"] == "gcp"
 
