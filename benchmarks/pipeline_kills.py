@@ -1,8 +1,9 @@
 """A pipeline killed again and again and submitted again: does it end with the same artifacts, and repeat no stage?
 
-python benchmarks/pipeline_kills.py [--quick] [--kills 10] [--seed 0] [--model tiny|embedded]
+python -m benchmarks.pipeline_kills [--quick] [--kills 10] [--seed 0] [--model tiny|embedded] [--twin]
 
-On a local head with token authentication, runs of three stages. By turns, at random moments of random stages: SIGKILL
+On a local head with token authentication (`--twin`: on the local twin of cluster.yaml, whose nodes come and go), runs
+of three stages. By turns, at random moments of random stages: SIGKILL
 to the pipeline's driver, SIGKILL to a stage's driver, `ray job stop` of the pipeline. What two runs that nobody
 disturbs have alike, byte by byte, is what a run decides; a disturbed run has to have it too. The teacher is scripted,
 the model that is trained and compared a random Llama of 2 layers (`--model embedded`: SmolLM2-135M, some ten minutes
@@ -31,7 +32,8 @@ import psutil
 from ray.job_submission import JobSubmissionClient, JobType
 
 from alpaca_ray.artifacts import RunDirectory, open_run
-from alpaca_ray.cluster import ledger, local
+from alpaca_ray.cluster import ledger, local, twin
+from alpaca_ray.cluster.render import read_definition
 from alpaca_ray.config import STAGES
 from tests.patience import PATIENT
 from tests.teacher import Teacher
@@ -114,7 +116,7 @@ class Site:
 
 
 @contextlib.contextmanager
-def site(directory: Path, model: str) -> Iterator[Site]:
+def site(directory: Path, model: str, is_twin: bool = False) -> Iterator[Site]:
     """`model`: a directory, or embedded:NAME."""
     environment = PATIENT | {"OPENAI_API_KEY": API_KEY, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = (
@@ -122,7 +124,10 @@ def site(directory: Path, model: str) -> Iterator[Site]:
     )
     options = [] if model.startswith("embedded:") else list(SMALL)
     with Teacher() as teacher:
-        cluster = local.start(directory / "head", NUM_CPUS, environment, timeout_s=300)
+        if is_twin:
+            cluster = twin.up(directory / "head", read_definition(ROOT / "cluster.yaml"), environment=environment)
+        else:
+            cluster = local.start(directory / "head", NUM_CPUS, environment, timeout_s=300)
         token = (directory / "head" / "token").read_text()
         try:
             client = JobSubmissionClient(cluster.dashboard, headers={"Authorization": f"Bearer {token}"})
@@ -304,14 +309,16 @@ def row(name: str, ours: Any, unit: str, goal: str, holds: bool, **more: Any) ->
     return {"name": name, "ours": ours, "unit": unit, "goal": goal, "holds": holds, **more}
 
 
-def trial(directory: Path, model: str, kinds: Sequence[str], seed: int, num_quiet: int = 2) -> list[dict[str, Any]]:
+def trial(  # noqa: PLR0913 - settings of a run
+    directory: Path, model: str, kinds: Sequence[str], seed: int, *, num_quiet: int = 2, is_twin: bool = False
+) -> list[dict[str, Any]]:
     """Runs that nobody disturbs, then as many disturbed ones as `kinds` need.
 
     One undisturbed run tells of the core alone, none of no file.
     """
     rng, hurts, left = random.Random(seed), list[Outcome](), list(kinds)
     wrong: list[str] = []
-    with site(directory, model) as here:
+    with site(directory, model, is_twin) as here:
         # As long as the others' names: a checkpoint holds its own path, so the sizes of its files tell its length.
         names = [f"calm-{k + 1}" for k in range(num_quiet)]
         quiet = [undisturbed(here, name) for name in names]
@@ -339,15 +346,16 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", choices=("tiny", "embedded"), default="tiny")
+    parser.add_argument("--twin", action="store_true", help="on the local twin of cluster.yaml")
     arguments = parser.parse_args()
     kinds = [KINDS[k % len(KINDS)] for k in range(3 if arguments.quick else arguments.kills)]
     with tempfile.TemporaryDirectory(prefix="pk", dir="/tmp") as directory:
         tiny = Path(directory) / "model"
         model = str(write_tiny_model(tiny)) if arguments.model == "tiny" else "embedded:smollm2-135m"
-        measured = trial(Path(directory), model, kinds, arguments.seed)
+        measured = trial(Path(directory), model, kinds, arguments.seed, is_twin=arguments.twin)
     machine = {"cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9)}
     versions = {name: importlib.metadata.version(name) for name in ("ray", "torch")}
-    settings = {"model": arguments.model, "seed": arguments.seed, "teacher": "scripted"}
+    settings = {"model": arguments.model, "is_twin": arguments.twin, "seed": arguments.seed, "teacher": "scripted"}
     print(
         json.dumps(
             {"benchmark": "pipeline_kills", "machine": machine, "versions": versions, **settings, "rows": measured}

@@ -18,7 +18,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,7 @@ from alpaca_ray.cluster import local, twin
 from alpaca_ray.cluster.render import read_definition
 from alpaca_ray.settings import load_config
 from tests.patience import PATIENT
-from tests.teacher import Refusal, Teacher
+from tests.teacher import Teacher
 from tests.tiny import READABLE, write_tiny_model
 from tests.training import dataset, finish_generate
 
@@ -138,18 +137,6 @@ class Twin:
         return max(ends) / 1000
 
 
-class HeldTeacher(Teacher):
-    """Answers nobody before it may."""
-
-    def __init__(self) -> None:
-        self.may_answer = threading.Event()
-        super().__init__()
-
-    def next_refusal(self, body: dict[str, Any]) -> Refusal | None:
-        self.may_answer.wait(DEADLINE_S)
-        return super().next_refusal(body)
-
-
 @contextmanager
 def running(environment: dict[str, str]) -> Iterator[Twin]:
     """A twin of cluster.yaml of this checkout, ended with the block."""
@@ -164,7 +151,8 @@ def running(environment: dict[str, str]) -> Iterator[Twin]:
 
 def generate(here: Twin) -> Growth:
     """Two actors that take a whole node each, whose teacher waits for both."""
-    with HeldTeacher() as teacher:
+    with Teacher() as teacher:
+        teacher.may_answer.clear()
         options = [
             "jobs/generate.py", "--recipe", RECIPE, "--storage-path", str(here.storage()),
             "--generate.teacher.base-url", teacher.base_url, "--generate.teacher.model", "scripted",
