@@ -6,10 +6,11 @@ M rows, I width of the input, O width of the output.
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from alpaca_ray.config import Quantization
 
@@ -59,15 +60,17 @@ def _halved(weight: Tensor, bias: Tensor | None) -> Linear:
 
     Weights that were published in 16 bits change by at most 3e-8. A row's result has the same bits whatever the number
     of rows, but for FBGEMM's kernels of one and two rows, which sum in another order: it has them do what is left of
-    the rows by sixes. So there are always rows by threes.
+    the rows by sixes. So one or two of zeros make it three.
     """
     torch.backends.quantized.engine = "fbgemm"
     packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), bias)
-    multiply = torch.ops.quantized.linear_dynamic_fp16
+    multiply, zeros = torch.ops.quantized.linear_dynamic_fp16, torch.zeros(2, weight.shape[1])
 
     def layer(rows: Tensor) -> Tensor:
-        output: Tensor = multiply(pad(rows, (0, 0, 0, -len(rows) % 3)), packed)
-        return output[: len(rows)]
+        left = len(rows) % 6
+        if left not in (1, 2):
+            return cast(Tensor, multiply(rows, packed))
+        return cast(Tensor, multiply(torch.cat((rows, zeros[: 3 - left])), packed))[: len(rows)]
 
     return layer
 
