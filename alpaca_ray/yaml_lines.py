@@ -21,6 +21,27 @@ from alpaca_ray.config import UserError, nearest
 Location = tuple[str | int, ...]
 
 
+def read_documents(file: Path) -> list[dict[str, Any]]:
+    """The file's YAML documents. Raises UserError for one that is not there, no YAML, or no mapping."""
+    try:
+        documents = [found for found in yaml.safe_load_all(file.read_text(encoding="utf-8")) if found is not None]
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is no YAML: {error}") from None
+    if not documents or not all(isinstance(document, dict) for document in documents):
+        raise UserError(f"{file} holds no mapping")
+    return documents
+
+
+def read_mapping(file: Path) -> dict[str, Any]:
+    """As `read_documents`, of a file that holds one."""
+    [document, *others] = read_documents(file)
+    if others:
+        raise UserError(f"{file} holds more than one YAML document")
+    return document
+
+
 @dataclass(frozen=True, order=True)
 class Problem:
     """What is wrong on a line of the file."""

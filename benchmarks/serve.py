@@ -49,7 +49,7 @@ from benchmarks.serve_sides import (
 
 Row = dict[str, Any]
 PEERS_DIR = Path(__file__).parent / "peers"
-OURS = ("engine", "engine_watermark", *LAYERS, *QUANTIZED)
+OURS = ("engine", "engine_watermark", *LAYERS)
 WHOLE = LAYERS[-1]
 NUM_STREAMS = 16
 PEERS = {
@@ -175,7 +175,7 @@ def rate(taken: Taken, name: str, kind: str) -> float:
 def figures(taken: Taken, beside: str) -> Iterator[Row]:
     """What was measured of each side; `beside`: what took turns with it."""
     for (name, kind), passes in taken.items():
-        whose = "ours" if name in OURS else "peer"
+        whose = "ours" if name in (*OURS, *QUANTIZED) else "peer"
         row: Row = {"name": f"{name}_{kind}", "beside": beside, whose: round(rate(taken, name, kind), 1)}
         for what, of_one in (("first_ms", "first_ms"), ("between_ms", "gaps_ms"), ("per_token_ms", "token_ms")):
             values = [value for done in passes for value in getattr(done, of_one)]
@@ -229,7 +229,7 @@ def missing_peers(sides: Sides, asked: Collection[str]) -> Iterator[Row]:
 
 def missing(sides: Sides) -> Iterator[Row]:
     """Of ours, what failed."""
-    for name in OURS:
+    for name in (*OURS, *QUANTIZED):
         if name in sides.absent:
             yield {"name": name, "unit": "tokens/s", "goal": "answers", "why": sides.absent[name], "holds": False}
 
@@ -285,21 +285,25 @@ def main() -> int:
             openmp = [f"{name}={value}" for name, value in OPENMP.items()]  # as the application has it
             command = ["env", *openmp, sys.executable, "-m", "benchmarks.serve_engine", str(model), *flags]
             sides.add(side, partial(LineSide, side, command, directory / f"{side}.log"))
-        held.enter_context(served(str(model), sides))
+        begin = held.enter_context(served(str(model), sides))
+        begin(LAYERS[::-1])
         bench = Bench(sides, Prompts(model), plan)
         ours = bench.turns(OURS, plan.rounds, ("16", "1")) if "ours" in options.parts else {}
-        rows = [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling), *missing(sides)]
+        rows = [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling)]
         dtypes = {"vllm": options.vllm_dtype, "llamacpp_q4": "Q4_1"}
         sides.end("engine_watermark")  # its memory is wanted
         end(sides, [layer for layer in LAYERS if layer not in ("serve", WHOLE)])
-        made = peers(sides, model, options) if "peers" in options.parts else {}
+        made = {}
+        if "peers" in options.parts:
+            made = peers(sides, model, options)
+            begin(QUANTIZED)
         for name, make in made.items():
             beside = bench.against(name, make)
             rows += [*figures(beside, name), *ratios(name, dtypes.get(name, "float32"), beside)]
             if name == "generate":
                 rows += equality(beside)
                 end(sides, ["serve"])
-        rows += missing_peers(sides, made) if "peers" in options.parts else []
+        rows += [*missing(sides), *(missing_peers(sides, made) if "peers" in options.parts else [])]
     for row in rows:
         print(json.dumps(row), file=sys.stderr)
     machine = {"cores": os.cpu_count(), "memory_gb": round(psutil.virtual_memory().total / 1e9),

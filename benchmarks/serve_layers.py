@@ -6,7 +6,7 @@ application itself, as alpaca_ray.serve.app builds it; `float16` and `int8` are 
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -57,8 +57,8 @@ def application(args: ServeArgs, layer: Layer) -> serve.Application:
 
 
 @contextmanager
-def served(model: str, sides: Sides) -> Iterator[None]:
-    """All of them in one Ray cluster."""
+def served(model: str, sides: Sides) -> Iterator[Callable[[Sequence[Layer]], None]]:
+    """One Ray cluster, and what starts layers in it. Those above `serve` need `admission` to be there."""
     port = free_port()
     with tempfile.TemporaryDirectory(prefix="ars", dir="/tmp") as temp:
         # Ray's workers are nice by 15 unless told; the other sides are not.
@@ -67,9 +67,12 @@ def served(model: str, sides: Sides) -> Iterator[None]:
         try:
             serve.start(http_options={"host": "127.0.0.1", "port": port})
             key = _secrets(Path(temp))
-            for layer in (*LAYERS[::-1], *QUANTIZED):
-                sides.add(layer, partial(_side, model, layer, port, Path(temp), key))
-            yield
+
+            def begin(layers: Sequence[Layer]) -> None:
+                for layer in layers:
+                    sides.add(layer, partial(_side, model, layer, port, Path(temp), key))
+
+            yield begin
         finally:
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
             ray.shutdown()

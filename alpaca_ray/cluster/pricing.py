@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from alpaca_ray.config import GenerateConfig, Placement, RunConfig, Strict, UserError, explain, nearest
 from alpaca_ray.provider.budget import Budget, Charge, price_of
+from alpaca_ray.yaml_lines import read_mapping
 
 GROUP_LABEL = "alpaca-ray.io/group"
 START_H = 10 / 60  # a node that boots, and a model that is loaded: paid for, and nothing is done
@@ -106,7 +107,7 @@ def load_prices(path: Path | None) -> Prices:
     if path is None:
         return shipped
     try:
-        given = Prices.model_validate(_read_yaml(path))
+        given = Prices.model_validate(read_mapping(path))
     except ValidationError as error:
         raise UserError(explain(error, str(path), Prices)) from None
     return given.model_copy(update={"instances": shipped.instances | given.instances})
@@ -114,8 +115,8 @@ def load_prices(path: Path | None) -> Prices:
 
 def load_groups(path: Path) -> tuple[dict[str, Group], float]:
     """The groups of a cluster.yaml by their label, and the hours that an idle node stays. Raises UserError."""
-    definition = _read_yaml(path)
-    kinds = definition.get("available_node_types") if isinstance(definition, dict) else None
+    definition = read_mapping(path)
+    kinds = definition.get("available_node_types")
     if not isinstance(kinds, dict):
         raise UserError(f"{path}: available_node_types is missing: is this a Ray cluster definition?")
     groups = {}
@@ -281,12 +282,3 @@ def _of_prices(prices: Prices) -> str:
 
 def _usd(value: float | None, width: int) -> str:
     return f"{'unknown' if value is None else f'${value:,.2f}':>{width}}"
-
-
-def _read_yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from None

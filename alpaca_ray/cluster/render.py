@@ -16,6 +16,7 @@ from alpaca_ray.cluster.render_local import LocalScale, render_local
 from alpaca_ray.cluster.render_options import check_definition, read_options
 from alpaca_ray.config import RunConfig, UserError
 from alpaca_ray.settings import load_config
+from alpaca_ray.yaml_lines import read_mapping
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ def read_sources(cluster_file: Path, serve_file: Path, scale: LocalScale | None 
     """Raises UserError for a file that is not there, no YAML, or not AWS's."""
     definition = read_definition(cluster_file)
     run = load_config(["--recipe", read_options(definition).recipe])
-    return Sources(definition, _read(serve_file), run, scale or LocalScale())
+    return Sources(definition, read_mapping(serve_file), run, scale or LocalScale())
 
 
 def read_definition(cluster_file: Path) -> dict[str, Any]:
     """A cluster.yaml. Raises UserError for a file that is not there, no YAML, or not AWS's."""
-    definition = _read(cluster_file)
+    definition = read_mapping(cluster_file)
     provider = (definition.get("provider") or {}).get("type")
     if provider != "aws":
         raise UserError(f"{cluster_file}: provider.type is {provider}: the other forms are made from one for aws")
@@ -92,15 +93,3 @@ _Dumper.add_representer(str, _text)
 
 def _dump(content: dict[str, Any]) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=True, width=120, allow_unicode=True)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is no YAML: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds no mapping")
-    return content

@@ -7,11 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from alpaca_ray.cluster.cloud_models import aws_problems, gcp_problems
 from alpaca_ray.cluster.strict_schema import problems
 from alpaca_ray.config import UserError
+from alpaca_ray.yaml_lines import read_documents
 
 KUBERAY_KINDS = {"raycluster": "RayCluster", "rayjob": "RayJob", "rayservice": "RayService"}
 CLOUDS = {"aws": aws_problems, "gcp": gcp_problems}
@@ -23,7 +22,7 @@ def validate(file: Path, schemas: dict[str, Any]) -> list[str]:
     Raises UserError for a file that is neither a cluster file of AWS or Google's cloud nor a manifest of KubeRay.
     """
     found = []
-    for document in _documents(file):
+    for document in read_documents(file):
         provider = document.get("provider")
         if document.get("kind") in KUBERAY_KINDS.values():
             found += _against_kuberay(document, schemas)
@@ -43,7 +42,7 @@ def read_schemas(directory: Path) -> dict[str, Any]:
             if path.name.split(".")[0] == plural:
                 found[KUBERAY_KINDS[plural.removesuffix("s")]] = json.loads(path.read_text(encoding="utf-8"))
     for path in sorted([*directory.glob("*.yaml"), *directory.glob("*.yml")]):
-        for document in _documents(path):
+        for document in read_documents(path):
             if document.get("kind") == "CustomResourceDefinition":
                 found[document["spec"]["names"]["kind"]] = _version_1(document)
     if not found:
@@ -66,16 +65,3 @@ def _against_kuberay(manifest: dict[str, Any], schemas: dict[str, Any]) -> list[
             "(`helm show crds kuberay/kuberay-operator > DIR/crds.yaml`)"
         )
     return problems(manifest, schemas[kind])
-
-
-def _documents(file: Path) -> list[dict[str, Any]]:
-    try:
-        documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is no YAML: {error}") from None
-    wrong = [document for document in documents if document is not None and not isinstance(document, dict)]
-    if wrong:
-        raise UserError(f"{file} holds no mapping")
-    return [document for document in documents if document is not None]
