@@ -1,7 +1,7 @@
 """Llama's forward pass for many rows at once: the tokens of all chunks lie flat, so a step reads each weight once.
 
-N tokens of all chunks, S slots, M length of a slot, H query heads, K key heads, D width of a head, E hidden width, I
-width of the MLP, V vocabulary.
+N tokens of all chunks, S slots, M aligned length of a slot, H query heads, K key heads, D width of a head, E hidden
+width, I width of the MLP, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
 from alpaca_ray.config import Quantization
-from alpaca_ray.serve.attention import Segment, segments
+from alpaca_ray.serve.attention import Segment, aligned, segments
 from alpaca_ray.serve.decoder import Chunk
 from alpaca_ray.serve.linear import Linear, fuse
 
@@ -62,7 +62,7 @@ class LlamaDecoder:
         self._head = fuse([llama.lm_head], quantization)
         self._cos, self._sin = _rotations(llama.model.rotary_emb, max_length, self._embedding)
         # On a CPU a page of zeros takes no memory before it is written to.
-        shape = (len(self._layers), 2, num_slots, max_length, self._num_key_heads, self._head_dim)
+        shape = (len(self._layers), 2, num_slots, self._num_key_heads, aligned(max_length), self._head_dim)
         self._cache = torch.zeros(shape, dtype=self._embedding.dtype, device=self.device)
         self._used = [0] * num_slots  # tokens that each slot has held since its release
 
@@ -87,8 +87,14 @@ class LlamaDecoder:
 
     def release(self, slot: int) -> None:
         """See `Decoder`. Zeros: a NaN left behind would pass through the mask of the next row."""
-        self._cache[:, :, slot, : self._used[slot]] = 0
+        self._cache[:, :, slot, :, : self._used[slot]] = 0
         self._used[slot] = 0
+
+    def places(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """Where the key heads of each token lie in a layer's cache: (N K,) of S K M."""
+        heads = slots[:, None] * self._num_key_heads + torch.arange(self._num_key_heads, device=self.device)
+        places: Tensor = heads * self._cache.shape[-2] + positions[:, None]
+        return places.flatten()
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine for `_rotated`: (N, 1, D) each."""
@@ -98,12 +104,12 @@ class LlamaDecoder:
         return rms_norm(hidden, weight.shape, weight, self._eps)
 
     def _attend(self, batch: "_Batch", fused: Tensor, cache: Tensor) -> Tensor:
-        """fused: (N, (H + 2 K) D), cache: (2, S, M, K, D), returns (N, H D)."""
+        """fused: (N, (H + 2 K) D), cache: (2, S, K, M, D), returns (N, H D)."""
         num_key_heads = self._num_key_heads
         by_head = fused.view(len(fused), -1, self._head_dim)  # (N, H + 2 K, D)
         rotated = _rotated(by_head[:, :-num_key_heads], *batch.rotation)
         for new, kept in ((rotated[:, -num_key_heads:], cache[0]), (by_head[:, -num_key_heads:], cache[1])):
-            kept.flatten(0, 1).index_copy_(0, batch.places, new)
+            kept.view(-1, self._head_dim).index_copy_(0, batch.places, new.flatten(0, 1))
         query = rotated[:, :-num_key_heads]
         parts = [segment.attend(query, cache[0], cache[1]) for segment in batch.segments]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -115,20 +121,21 @@ class _Batch:
     def __init__(self, chunks: Sequence[Chunk], decoder: LlamaDecoder) -> None:
         ids: list[int] = []
         positions: list[int] = []
-        places: list[int] = []
+        slots: list[int] = []
         wanted: list[int] = []
         for chunk in chunks:
             end = chunk.start + len(chunk.token_ids)
             assert end <= decoder.max_length, "the row is longer than its slot"
             ids += chunk.token_ids
             positions += range(chunk.start, end)
-            places += range(chunk.slot * decoder.max_length + chunk.start, chunk.slot * decoder.max_length + end)
+            slots += [chunk.slot] * len(chunk.token_ids)
             wanted += range(len(ids) - chunk.num_logits, len(ids))
         device = decoder.device
         self.ids = torch.tensor(ids, device=device)  # (N,)
-        self.places = torch.tensor(places, device=device)  # (N,) of S M
+        at = torch.tensor(positions, device=device)  # (N,)
+        self.places = decoder.places(torch.tensor(slots, device=device), at)
         self.wanted = torch.tensor(wanted, dtype=torch.long, device=device)
-        self.rotation = decoder.rotation(torch.tensor(positions, device=device))
+        self.rotation = decoder.rotation(at)
         self.segments: list[Segment] = segments(chunks, self.rotation[0])
 
 

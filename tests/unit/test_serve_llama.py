@@ -1,6 +1,7 @@
 """Our forward pass against transformers' own, on random weights in float32."""
 
 import asyncio
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from alpaca_ray.config import Quantization, ServeArgs, UserError
+from alpaca_ray.serve.attention import segments
 from alpaca_ray.serve.decoder import Chunk, Decoder, ModuleDecoder
 from alpaca_ray.serve.engine import SamplingParams, TokenRequest
 from alpaca_ray.serve.linear import fuse, has_quantization
@@ -130,6 +132,27 @@ def test_rows_in_one_call_do_not_see_each_other(make: Any) -> None:
     logits = decoder.forward([Chunk(slot, done[slot], IDS[done[slot] : done[slot] + n], 1) for slot, n in now.items()])
 
     assert close(logits, torch.stack([expected[done[slot] + n - 1] for slot, n in now.items()]))
+
+
+@pytest.mark.parametrize(("width", "num_sharing", "num_key_heads"), [(64, 3, 3), (64, 1, 4), (128, 4, 2), (8, 8, 1)])
+def test_attention_of_a_row_has_the_same_bits_among_any_others(
+    width: int, num_sharing: int, num_key_heads: int
+) -> None:
+    generator, rng, num_slots, most = torch.Generator().manual_seed(0), random.Random(0), 16, 512
+    keys, values = torch.randn(2, num_slots, num_key_heads, most, width, generator=generator)
+    query = torch.randn(num_slots, num_key_heads * num_sharing, width, generator=generator)
+
+    def attended(slots: range, lengths: Sequence[int]) -> Tensor:
+        found = segments([Chunk(slot, lengths[slot] - 1, (1,), 1) for slot in slots], query)
+        return torch.cat([segment.attend(query[slots.start : slots.stop], keys, values) for segment in found])
+
+    for shortest, longest in [(1, most), (100, 200)] * 10:
+        lengths = [rng.randrange(shortest, longest + 1) for _ in range(num_slots)]
+        whole = attended(range(num_slots), lengths)
+        for slot in range(num_slots):
+            some = range(rng.randrange(slot + 1), rng.randrange(slot, num_slots) + 1)
+            assert torch.equal(attended(some, lengths)[slot - some.start], whole[slot])
+            assert torch.equal(attended(range(slot, slot + 1), lengths)[0], whole[slot])
 
 
 @pytest.mark.parametrize("make", [llama, gpt2])
