@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import sys
+import threading
 import time
 from typing import Any
 
@@ -38,8 +39,10 @@ def main(model: str, is_marked: bool) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries write where they like; the pipe is for answers alone
     watermark = Watermark(WATERMARK_KEY, vocab_size=vocab_size(model))
-    if is_marked:
-        watermark.warm()  # as the application does
+    if is_marked:  # as the application does: a thread that ends gives its OpenMP threads back
+        warming = threading.Thread(target=watermark.warm)
+        warming.start()
+        warming.join()
     engine = load_engine(ServeArgs(model=model, **ENGINE_ARGS), watermark.bias if is_marked else None)
     for line in sys.stdin:
         print(json.dumps({"times_s": asyncio.run(answer(engine, json.loads(line)))}), file=answers, flush=True)

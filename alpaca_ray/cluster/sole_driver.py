@@ -11,6 +11,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from alpaca_ray.artifacts import Stage, done
+from alpaca_ray.cluster.stage_jobs import JOB_CONFIG
 
 NAMESPACE = "alpaca_ray"
 POLL_S = 0.5
@@ -33,17 +34,15 @@ class _Holder:
 def make_alone(stage: Stage, make: Callable[[Stage], None]) -> None:
     """Make the stage, unless another driver of this cluster does: then wait for its end, and do what it left.
 
-    Ray's job table cannot tell: it has called a driver FAILED that lived, after its head had started again.
+    Ray's job table cannot tell: after its head has started again it may call a driver FAILED that lives.
     """
     if not ray.is_initialized():
         ray.init()
     holder = _hold(stage)
-    try:
-        stage.manifest = done(stage.run, stage.config, stage.name, stage.inputs)
-        if stage.manifest is None:
-            make(stage)
-    finally:
-        ray.kill(holder)
+    stage.manifest = done(stage.run, stage.config, stage.name, stage.inputs)
+    if stage.manifest is None:
+        make(stage)
+    del holder  # without a handle Ray ends it, as it does when this driver dies
 
 
 def _hold(stage: Stage) -> Any:
@@ -62,7 +61,7 @@ def _hold(stage: Stage) -> Any:
 
 
 def _own_job() -> str:
-    metadata = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")).get("metadata", {})
+    metadata = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("metadata", {})
     return f"job {metadata['job_submission_id']}" if "job_submission_id" in metadata else "a driver"
 
 
