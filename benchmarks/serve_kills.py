@@ -416,6 +416,7 @@ def scale(here: Service, max_tokens: int) -> ScaleOutcome:
         asleep = [here.ready()["status"] for _ in range(20)]
         still_none = here.num_running() == 0
         detected = here.verdict(text)
+        wait(lambda: counts[-1] == 1, "the replica that it woke in Serve's own count")  # which comes after the answer
         is_over.set()
         watching.result()
     return ScaleOutcome(
