@@ -6,8 +6,9 @@ The embedded model, 16 streams at once and 1, in one run, all sides by turns; pr
 instructions, others in each round. Every side gets the same model directory, whose end-of-sequence token is one that
 the model never gives: so all streams have the same number of tokens, which is checked. Peers are servers, read by the
 same client as ours; the bare engine and llama.cpp are read in their own processes, without HTTP. vLLM and llama.cpp
-live in environments of their own, whose python is told. First the layers of ours by turns; then each peer by turns with
-ours, one peer after the other: together they would not fit into memory.
+live in environments of their own, whose python is told. First the engine with the mark and without it, many pairs with
+nothing beside them, for its cost is less than what rounds differ by; then the layers of ours by turns; then each peer
+by turns with ours, one peer after the other: together they would not fit into memory.
 """
 
 import argparse
@@ -49,7 +50,8 @@ from benchmarks.serve_sides import (
 
 Row = dict[str, Any]
 PEERS_DIR = Path(__file__).parent / "peers"
-OURS = ("engine", "engine_watermark", *LAYERS)
+MARKING = ("engine", "engine_watermark")
+OURS = ("engine", *LAYERS)
 WHOLE = LAYERS[-1]
 NUM_STREAMS = 16
 PEERS = {
@@ -63,15 +65,16 @@ PEERS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """How much is measured: rounds of ours and of the peers, tokens of each completion."""
+    """How much is measured: marked and unmarked pairs, rounds of ours and of the peers, tokens of a completion."""
 
+    pairs: int
     rounds: int
     peer_rounds: int
     num_tokens: int
 
 
-FULL = Plan(rounds=4, peer_rounds=2, num_tokens=128)
-QUICK = Plan(rounds=3, peer_rounds=1, num_tokens=48)
+FULL = Plan(pairs=12, rounds=4, peer_rounds=2, num_tokens=128)
+QUICK = Plan(pairs=4, rounds=3, peer_rounds=1, num_tokens=48)
 
 
 class Prompts:
@@ -175,7 +178,7 @@ def rate(taken: Taken, name: str, kind: str) -> float:
 def figures(taken: Taken, beside: str) -> Iterator[Row]:
     """What was measured of each side; `beside`: what took turns with it."""
     for (name, kind), passes in taken.items():
-        whose = "ours" if name in (*OURS, *QUANTIZED) else "peer"
+        whose = "ours" if name in (*MARKING, *OURS, *QUANTIZED) else "peer"
         row: Row = {"name": f"{name}_{kind}", "beside": beside, whose: round(rate(taken, name, kind), 1)}
         for what, of_one in (("first_ms", "first_ms"), ("between_ms", "gaps_ms"), ("per_token_ms", "token_ms")):
             values = [value for done in passes for value in getattr(done, of_one)]
@@ -229,7 +232,7 @@ def missing_peers(sides: Sides, asked: Collection[str]) -> Iterator[Row]:
 
 def missing(sides: Sides) -> Iterator[Row]:
     """Of ours, what failed."""
-    for name in (*OURS, *QUANTIZED):
+    for name in (*MARKING, *LAYERS, *QUANTIZED):
         if name in sides.absent:
             yield {"name": name, "unit": "tokens/s", "goal": "answers", "why": sides.absent[name], "holds": False}
 
@@ -285,15 +288,20 @@ def main() -> int:
             openmp = [f"{name}={value}" for name, value in OPENMP.items()]  # as the application has it
             command = ["env", *openmp, sys.executable, "-m", "benchmarks.serve_engine", str(model), *flags]
             sides.add(side, partial(LineSide, side, command, directory / f"{side}.log"))
+        bench = Bench(sides, Prompts(model), plan)
+        rows: list[Row] = []
+        if "ours" in options.parts:
+            marking = bench.turns(MARKING, plan.pairs, ("16",))
+            rows += [*figures(marking, "marking"), *costs(marking)]
+        sides.end("engine_watermark")  # its memory is wanted
         begin = held.enter_context(served(str(model), sides))
         begin(LAYERS[::-1])
-        bench = Bench(sides, Prompts(model), plan)
-        ours = bench.turns(OURS, plan.rounds, ("16", "1")) if "ours" in options.parts else {}
-        rows = [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling)]
+        if "ours" in options.parts:
+            ours = bench.turns(OURS, plan.rounds, ("16", "1"))
+            rows += [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling)]
         dtypes = {"vllm": options.vllm_dtype, "llamacpp_q4": "Q4_1"}
-        sides.end("engine_watermark")  # its memory is wanted
         end(sides, [layer for layer in LAYERS if layer not in ("serve", WHOLE)])
-        made = {}
+        made: dict[str, Callable[[], Side]] = {}
         if "peers" in options.parts:
             made = peers(sides, model, options)
             begin(QUANTIZED)
@@ -310,7 +318,7 @@ def main() -> int:
                "busy_before": busy / 100, **ceiling.as_row()}  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in ("ray", "torch", "transformers")}
     setting = {"model": models.EMBEDDED, "dtype": "float32", "num_tokens": plan.num_tokens, "streams": NUM_STREAMS,
-               "rounds": plan.rounds, "peer_rounds": plan.peer_rounds,
+               "pairs": plan.pairs, "rounds": plan.rounds, "peer_rounds": plan.peer_rounds,
                "seconds": round(time.monotonic() - started_s)}  # fmt: skip
     print(
         json.dumps({"benchmark": "serve", "machine": machine, "versions": versions, "setting": setting, "rows": rows})
