@@ -8,6 +8,8 @@ The teacher is the embedded small model, served by the same application that lat
 import datetime
 import secrets
 import time
+import urllib.error
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ RECIPE = "tiny_cpu"
 TEACHER, STUDENT = "smollm2-135m", "alpaca-smollm2-135m"
 # With the temperature of each. The second answer is longer, as a rule: long enough for the detector.
 QUESTIONS = {"Explain what a rainbow is.": 0.0, "Describe a day in the life of a farmer.": 1.0}
-DEPLOY_TIMEOUT_S = 300
+DEPLOY_TIMEOUT_S, REQUEST_TIMEOUT_S = 300, 120
 REQUESTS_PER_MINUTE, TOKENS_PER_MINUTE = 6_000, 6_000_000
 
 
@@ -58,8 +60,8 @@ def up(directory: Path) -> int:
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())
     _deploy(cluster, directory, own, (run.path("train/model"), STUDENT))
-    answers = _ask(cluster, own)
-    print(_summary(run, cluster, own, answers, time.monotonic() - started_s), flush=True)
+    _ask(cluster, own)
+    print(_summary(run, cluster, own, time.monotonic() - started_s), flush=True)
     return 0
 
 
@@ -128,32 +130,53 @@ def _deploy(cluster: local.LocalCluster, directory: Path, own: _Secrets, model: 
     config_file = directory / "serve_config.yaml"
     config_file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     local.deploy(cluster, config_file, DEPLOY_TIMEOUT_S)
+    if model:
+        _check_refusal(cluster)
 
 
-def _ask(cluster: local.LocalCluster, own: _Secrets) -> list[str]:
-    """The student's answers to QUESTIONS, and what the detector says of each. Raises UserError if it says nothing."""
-    with OpenAI(base_url=f"{cluster.serve_url}/v1", api_key=own.api_key.read_text(), timeout=120) as client:
-        return [_asked(client, question, temperature) for question, temperature in QUESTIONS.items()]
+def _check_refusal(cluster: local.LocalCluster) -> None:
+    """Raises UserError if a request without the key is answered."""
+    try:
+        urllib.request.urlopen(f"{cluster.serve_url}/v1/models", timeout=REQUEST_TIMEOUT_S)
+    except urllib.error.HTTPError as error:
+        print(f"without the API key: {error.code} {error.reason}", flush=True)
+    else:
+        raise UserError("the service answered a request without an API key: end it with `make down`")
 
 
-def _asked(client: OpenAI, question: str, temperature: float) -> str:
-    response = client.chat.completions.create(
+def _ask(cluster: local.LocalCluster, own: _Secrets) -> None:
+    """Print the student's answers to QUESTIONS as they come, and what the detector says of each."""
+    base_url, key = f"{cluster.serve_url}/v1", own.api_key.read_text()
+    with OpenAI(base_url=base_url, api_key=key, timeout=REQUEST_TIMEOUT_S) as client:
+        for question, temperature in QUESTIONS.items():
+            print(f"\nasked:     {question}\nanswered:  ", end="", flush=True)
+            answer = _streamed(client, question, temperature)
+            found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
+            score = f"z {found['z_score']:.2f}, p-value {found['p_value']:.1e}"
+            score += f", {found['num_green']} of {found['num_scored']} tokens green"
+            print(f"\nwatermark: {found['verdict']}: {score}", flush=True)
+
+
+def _streamed(client: OpenAI, question: str, temperature: float) -> str:
+    """The answer, printed meanwhile. Raises UserError if there is none."""
+    answer = ""
+    for chunk in client.chat.completions.create(
         model=STUDENT,
         messages=[{"role": "user", "content": question}],
         max_tokens=200,
         temperature=temperature,
         seed=1,
-    )
-    answer = (response.choices[0].message.content or "").strip()
-    if not answer:
+        stream=True,
+    ):
+        piece = chunk.choices[0].delta.content or ""
+        print(piece, end="", flush=True)
+        answer += piece
+    if not answer.strip():
         raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
-    found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
-    score = f"z {found['z_score']:.2f}, p-value {found['p_value']:.1e}"
-    score += f", {found['num_green']} of {found['num_scored']} tokens green"
-    return f"asked:     {question}\nanswered:  {answer}\nwatermark: {found['verdict']}: {score}\n"
+    return answer
 
 
-def _summary(run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, answers: list[str], took_s: float) -> str:
+def _summary(run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, took_s: float) -> str:
     manifests: dict[str, dict[str, Any]] = {stage: run.read_json(f"{stage}/manifest.json") for stage in STAGES}
     lines = ["", f"{'stage':<10} {'seconds':>8}  what it made"]
     for stage, manifest in manifests.items():
@@ -162,7 +185,6 @@ def _summary(run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, answ
         lines.append(f"{'':<10} {'':>8}  {run.path(stage)}")
     lines += [
         "",
-        *answers,
         f"The student is served at {cluster.serve_url}/v1 (model {STUDENT}); the API key is in {own.api_key}.",
         f"Ray's dashboard is {cluster.dashboard}.",
         f"The demo took {took_s:.0f} s. `make down` ends it; the runs stay.",

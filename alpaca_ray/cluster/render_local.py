@@ -9,7 +9,7 @@ from typing import Any
 # Ray's provider looks these up by name (ray/autoscaler/_private/fake_multi_node/node_provider.py).
 HEAD_TYPE = "ray.head.default"
 HEAD_NODE_ID = "FAKE_HEAD_NODE_ID"
-PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+PROVIDER = "alpaca_ray.cluster.twin_nodes.TwinNodeProvider"
 # Ray fills these from defaults where they are missing: with commands that install a nightly Ray, and mounts.
 EMPTY_LISTS = (
     "cluster_synced_files", "head_setup_commands", "head_start_ray_commands", "initialization_commands",

@@ -53,7 +53,7 @@ def _hold(stage: Stage) -> Any:
     while True:
         try:
             return holder.remote(_own_job())
-        except ValueError:  # the name is taken
+        except ray.exceptions.ActorAlreadyExistsError:
             if not has_said and time.monotonic() - since_s > SAY_AFTER_S:
                 log.info("%s is being made by %s of this cluster: waiting for its end", name, _owner(name))
                 has_said = True

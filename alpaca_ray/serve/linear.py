@@ -38,7 +38,14 @@ def has_quantization() -> bool:
 
 def _packs(weight: Tensor) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
-    return available and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return (
+        available
+        and weight.device.type == "cpu"
+        and (
+            weight.dtype == torch.float32
+            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        )
+    )
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Linear:
