@@ -36,21 +36,22 @@ def has_quantization() -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU multiplies in bfloat16."""
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
+
+
 def _packs(weight: Tensor) -> bool:
     available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch's
-    return (
-        available
-        and weight.device.type == "cpu"
-        and (
-            weight.dtype == torch.float32
-            or (weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        )
-    )
+    computes = weight.dtype == torch.float32 or (weight.dtype == torch.bfloat16 and has_bfloat16())
+    return available and weight.device.type == "cpu" and computes
 
 
 def _packed(weight: Tensor, bias: Tensor | None) -> Linear:
     """By oneDNN, as torch's inductor does it: 1.2 to 1.6 times as fast at 16 rows, and a row's result has the same
-    bits whatever the number of rows (measured for 1 to 96 of them), which no other kernel of torch's promises."""
+    bits whatever the number of rows (measured for 1 to 96 of them), which no other kernel of torch's promises. In
+    bfloat16, where the CPU has it, 1.6 to 1.9 times as fast as in float32."""
     # The number of rows is a hint; packing for another one made no difference.
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     multiply = torch.ops.mkldnn._linear_pointwise.default

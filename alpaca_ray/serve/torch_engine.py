@@ -18,7 +18,7 @@ from alpaca_ray.config import Placement, Quantization, ServeArgs, UserError
 from alpaca_ray.serve.decoder import Decoder, ModuleDecoder
 from alpaca_ray.serve.engine import Delta, EngineError, Health, SchemaError, TokenRequest, room_for_completion
 from alpaca_ray.serve.grammar import Grammar, Grammars
-from alpaca_ray.serve.linear import has_quantization
+from alpaca_ray.serve.linear import has_bfloat16, has_quantization
 from alpaca_ray.serve.llama import LlamaDecoder, supports
 from alpaca_ray.serve.sampling import RowSampling
 from alpaca_ray.serve.schedule import Row, Schedule, Turn
@@ -52,7 +52,7 @@ def load_engine(args: ServeArgs, marks: Marks | None = None) -> "TorchEngine":
 
 def _load(args: ServeArgs) -> tuple[Decoder, frozenset[int]]:
     device = "cuda" if args.placement.num_gpus > 0 else "cpu"
-    if args.dtype == "bfloat16" and device == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if args.dtype == "bfloat16" and device == "cpu" and not has_bfloat16():
         logger.warning(
             "this CPU has no bfloat16 instructions, which makes prompts and batches 6 to 9 times slower than float32: "
             "set dtype: float32 in the application's args"

@@ -15,7 +15,7 @@ from alpaca_ray.config import Quantization, ServeArgs, UserError
 from alpaca_ray.serve.attention import segments
 from alpaca_ray.serve.decoder import Chunk, Decoder, ModuleDecoder
 from alpaca_ray.serve.engine import SamplingParams, TokenRequest
-from alpaca_ray.serve.linear import fuse, has_quantization
+from alpaca_ray.serve.linear import fuse, has_bfloat16, has_quantization
 from alpaca_ray.serve.llama import LlamaDecoder, supports
 from alpaca_ray.serve.torch_engine import decoder_for, load_engine
 
@@ -239,6 +239,22 @@ def test_an_8_bit_layer_is_near_the_layer_and_a_row_is_the_same_alone(num_rows: 
     off = (found - exact).norm(dim=-1) / exact.norm(dim=-1)
     assert off.max() < 0.15
     assert off[1:].numel() == 0 or off[1:].max() < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_the_layers_it_was_fused_from_and_a_row_is_the_same_among_any_others(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layers = [torch.nn.Linear(64, 40, dtype=dtype), torch.nn.Linear(64, 24, dtype=dtype)]
+    rows = torch.randn(96, 64, generator=generator).to(dtype)
+    with torch.inference_mode():
+        fused = fuse(layers)
+        found = fused(rows)
+        expected = torch.cat([layer.float()(rows.float()) for layer in layers], dim=-1)
+        assert torch.allclose(found.float(), expected, atol=1e-5 if dtype == torch.float32 else 2e-2)
+        if dtype == torch.bfloat16 and not has_bfloat16():
+            return  # torch's own kernel, which promises no such thing
+        for num_rows in range(1, 97):
+            assert torch.equal(fused(rows[:num_rows]), found[:num_rows]), num_rows
 
 
 @needs_fbgemm
