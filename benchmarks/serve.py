@@ -33,8 +33,9 @@ from transformers import AutoTokenizer
 from alpaca_ray import models
 from alpaca_ray.schema import read_evaluation_tasks
 from alpaca_ray.serve.app import OPENMP
+from alpaca_ray.serve.linear import has_bfloat16
 from benchmarks.serve_ceiling import Ceiling, measure_ceiling
-from benchmarks.serve_layers import LAYERS, QUANTIZED, end, served
+from benchmarks.serve_layers import LAYERS, SMALLER, end, served
 from benchmarks.serve_sides import (
     HttpSide,
     LineSide,
@@ -161,7 +162,7 @@ class Bench:
         if name.startswith("llamacpp"):
             ours: tuple[str, ...] = ("engine",)
         else:
-            ours = (*(("serve",) if name == "generate" else ()), WHOLE, *QUANTIZED)
+            ours = (*(("serve",) if name == "generate" else ()), WHOLE, *SMALLER)
         taken = self.turns((*ours, name), self.plan.peer_rounds, kinds)
         self.sides.end(name)
         return taken
@@ -178,7 +179,7 @@ def rate(taken: Taken, name: str, kind: str) -> float:
 def figures(taken: Taken, beside: str) -> Iterator[Row]:
     """What was measured of each side; `beside`: what took turns with it."""
     for (name, kind), passes in taken.items():
-        whose = "ours" if name in (*MARKING, *OURS, *QUANTIZED) else "peer"
+        whose = "ours" if name in (*MARKING, *OURS, *SMALLER) else "peer"
         row: Row = {"name": f"{name}_{kind}", "beside": beside, whose: round(rate(taken, name, kind), 1)}
         for what, of_one in (("first_ms", "first_ms"), ("between_ms", "gaps_ms"), ("per_token_ms", "token_ms")):
             values = [value for done in passes for value in getattr(done, of_one)]
@@ -207,13 +208,14 @@ def costs(taken: Taken) -> Iterator[Row]:
 def ratios(name: str, dtype: str, taken: Taken) -> Iterator[Row]:
     """Ours with every layer on against a server that has none of them; beside it, ours with none.
 
-    vLLM's goals are for weights of 16 bits: ours are in float16, its own in `dtype`, which may be more.
+    vLLM's goals are for 16 bits: ours is in bfloat16 where the CPU computes in it, else its weights are in float16; its
+    own is in `dtype`, which may be more.
     """
     goals = {("generate", "16"): 6.0, ("continuous", "16"): 4.0, ("vllm", "16"): 1.0, ("vllm", "1"): 0.9}
-    ours = "engine" if name.startswith("llamacpp") else "float16" if name == "vllm" else WHOLE
+    ours = "engine" if name.startswith("llamacpp") else SMALLER[0] if name == "vllm" else WHOLE
     for kind in [kind for of, kind in taken if of == name and (ours, kind) in taken]:
         goal, peer, mine = goals.get((name, kind)), rate(taken, name, kind), rate(taken, ours, kind)
-        others = [of for of in ("serve", WHOLE, *QUANTIZED) if of != ours and (of, kind) in taken]
+        others = [of for of in ("serve", WHOLE, *SMALLER) if of != ours and (of, kind) in taken]
         yield {"name": f"against_{name}_{kind}", "ours": round(mine, 1), "ours_is": ours, "peer": round(peer, 1),
                "peer_name": PEERS[name], "ratio": round(mine / peer, 2),
                "ratios_of": {of: round(rate(taken, of, kind) / peer, 2) for of in others}, "peer_dtype": dtype,
@@ -232,7 +234,7 @@ def missing_peers(sides: Sides, asked: Collection[str]) -> Iterator[Row]:
 
 def missing(sides: Sides) -> Iterator[Row]:
     """Of ours, what failed."""
-    for name in (*MARKING, *LAYERS, *QUANTIZED):
+    for name in (*MARKING, *LAYERS, *SMALLER):
         if name in sides.absent:
             yield {"name": name, "unit": "tokens/s", "goal": "answers", "why": sides.absent[name], "holds": False}
 
@@ -266,7 +268,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, shorter completions")
     parser.add_argument("--parts", nargs="+", choices=("ours", "peers"), default=["ours", "peers"])
     parser.add_argument("--vllm-python", help="of an environment with vLLM")
-    parser.add_argument("--vllm-dtype", default="float32", help="bfloat16 where the CPU computes in it")
+    fastest = "bfloat16" if has_bfloat16() else "float32"
+    parser.add_argument("--vllm-dtype", default=fastest, help="default: bfloat16 where the CPU computes in it")
     parser.add_argument("--llamacpp-python", help="of an environment with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="the embedded model's file, for llama.cpp")
     options = parser.parse_args()
@@ -304,7 +307,7 @@ def main() -> int:
         made: dict[str, Callable[[], Side]] = {}
         if "peers" in options.parts:
             made = peers(sides, model, options)
-            begin(QUANTIZED)
+            begin(SMALLER)
         for name, make in made.items():
             beside = bench.against(name, make)
             rows += [*figures(beside, name), *ratios(name, dtypes.get(name, "float32"), beside)]

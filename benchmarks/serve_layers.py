@@ -1,7 +1,8 @@
 """[RAY SERVE] The served application with its layers switched, for benchmarks/serve.py.
 
 `serve` is the engine behind Ray Serve and the API; each further name has one layer more; `admission` is the
-application itself, as alpaca_ray.serve.app builds it; `float16` and `int8` are that with weights of 16 and 8 bits.
+application itself, as alpaca_ray.serve.app builds it; `float16` and `int8` are that with weights of 16 and 8 bits, and
+`bfloat16` is all of it in bfloat16, where the CPU computes in that.
 """
 
 import os
@@ -21,13 +22,14 @@ from alpaca_ray.safety.moderation import moderator
 from alpaca_ray.serve.api import create_api
 from alpaca_ray.serve.app import EngineReplica, RemoteModel, actor_options, build, served_name
 from alpaca_ray.serve.keys import make_key
+from alpaca_ray.serve.linear import has_bfloat16
 from alpaca_ray.serve.moderated import ModeratedModel
 from alpaca_ray.serve.resume import Resuming
 from benchmarks.serve_sides import ENGINE_ARGS, WATERMARK_KEY, HttpSide, Sides, free_port
 
-Layer = Literal["serve", "watermark", "moderation", "admission", "float16", "int8"]
+Layer = Literal["serve", "watermark", "moderation", "admission", "bfloat16", "float16", "int8"]
 LAYERS: tuple[Layer, ...] = ("serve", "watermark", "moderation", "admission")
-QUANTIZED: tuple[Layer, ...] = ("float16", "int8")
+SMALLER: tuple[Layer, ...] = (*(("bfloat16",) if has_bfloat16() else ()), "float16", "int8")
 MAX_ONGOING = 200
 
 
@@ -47,7 +49,7 @@ class Ingress:
 
 def application(args: ServeArgs, layer: Layer) -> serve.Application:
     """The layers up to this one. Those between the first and the last share the last one's engine replica."""
-    if layer in ("admission", *QUANTIZED):
+    if layer in ("admission", *SMALLER):
         return build(args)
     engine = serve.deployment(ray_actor_options=actor_options(args.placement), max_ongoing_requests=MAX_ONGOING)
     ingress = serve.deployment(ray_actor_options={"num_cpus": 0}, max_ongoing_requests=MAX_ONGOING)
@@ -96,9 +98,10 @@ def _secrets(directory: Path) -> str:
 
 def _side(model: str, layer: Layer, port: int, directory: Path, key: str) -> HttpSide:
     given: dict[Layer, Quantization] = {"float16": "float16", "int8": "int8"}
+    dtype = {"dtype": "bfloat16"} if layer == "bfloat16" else {}
     args = ServeArgs(
         model=model,
-        **ENGINE_ARGS,
+        **(ENGINE_ARGS | dtype),
         quantization=given.get(layer),
         watermark=WatermarkConfig(enabled=layer != "serve", key_file=str(directory / "watermark_key")),
         admission=AdmissionConfig(key_file=str(directory / "keys.jsonl")),
