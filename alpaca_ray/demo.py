@@ -8,15 +8,13 @@ The teacher is the embedded small model, served by the same application that lat
 import datetime
 import secrets
 import time
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
-from openai import OpenAI
+from openai import AuthenticationError, OpenAI
 
 from alpaca_ray.artifacts import RunDirectory, open_run
 from alpaca_ray.cluster import local
@@ -135,13 +133,15 @@ def _deploy(cluster: local.LocalCluster, directory: Path, own: _Secrets, model: 
 
 
 def _check_refusal(cluster: local.LocalCluster) -> None:
-    """Raises UserError if a request without the key is answered."""
-    try:
-        urllib.request.urlopen(f"{cluster.serve_url}/v1/models", timeout=REQUEST_TIMEOUT_S)
-    except urllib.error.HTTPError as error:
-        print(f"without the API key: {error.code} {error.reason}", flush=True)
-    else:
-        raise UserError("the service answered a request without an API key: end it with `make down`")
+    """Raises UserError if a request with a key that is none is answered."""
+    base_url, key = f"{cluster.serve_url}/v1", "no-key-of-this-server"
+    with OpenAI(base_url=base_url, api_key=key, timeout=REQUEST_TIMEOUT_S) as client:
+        try:
+            client.models.list()
+        except AuthenticationError as error:
+            print(f"with another API key: {error.status_code}, {error.body}", flush=True)
+        else:
+            raise UserError("the service answered a request without its API key: end it with `make down`")
 
 
 def _ask(cluster: local.LocalCluster, own: _Secrets) -> None:
