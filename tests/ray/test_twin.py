@@ -37,6 +37,8 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Twin]:
 
 def test_generation_grows_to_two_cpu_nodes_and_back_and_starts_no_other(here: Twin) -> None:
     assert generate(here).started == {"generate": 2}
+    packages = "session_latest/runtime_resources_*/working_dir_files/_ray_pkg_*/alpaca_ray"
+    assert len(list(Path(here.cluster.temp_dir).glob(packages))) == 2  # one that nodes share is deleted under them
 
 
 @pytest.mark.slow_fault
