@@ -44,11 +44,16 @@ def up(directory: Path) -> int:
     resolve(EMBEDDED)
     own = _secrets(directory)
     cluster = _cluster(directory, own)
+    short, long = QUESTIONS
     for stage in STAGES:
         overrides = ["--storage-path", storage_path]
-        if not run.exists(f"{stage}/manifest.json"):
+        is_done = run.exists(f"{stage}/manifest.json")
+        asks_teacher = stage == "generate" and not is_done
+        if not is_done:
             # Two cores: nothing is served while models are trained and compared.
             _deploy(cluster, directory, own, (EMBEDDED, TEACHER) if stage == "generate" else None)
+        if asks_teacher:
+            _ask(cluster, own, TEACHER, short)  # one that does not answer shows here, not in a job's retries
         if stage == "generate":
             overrides += ["--generate.teacher.base-url", f"{cluster.serve_url}/v1"]
             # Our server has no limits and names none. Were they unknown, the first request would go alone, to find out.
@@ -57,8 +62,11 @@ def up(directory: Path) -> int:
         _say(f"{stage}: ray job submit -- python jobs/{stage}.py --recipe {RECIPE}")
         entrypoint = ["python", f"jobs/{stage}.py", "--recipe", RECIPE, *overrides]
         local.submit(cluster, stage, entrypoint, working_dir=Path.cwd())
+        if asks_teacher:
+            _ask(cluster, own, TEACHER, long)
     _deploy(cluster, directory, own, (run.path("train/model"), STUDENT))
-    _ask(cluster, own)
+    for question in QUESTIONS:
+        _detect(cluster, own, _ask(cluster, own, STUDENT, question))
     print(_summary(run, cluster, own, time.monotonic() - started_s), flush=True)
     return 0
 
@@ -144,36 +152,41 @@ def _check_refusal(cluster: local.LocalCluster) -> None:
             raise UserError("the service answered a request without its API key: end it with `make down`")
 
 
-def _ask(cluster: local.LocalCluster, own: _Secrets) -> None:
-    """Print the student's answers to QUESTIONS as they come, and what the detector says of each."""
-    base_url, key = f"{cluster.serve_url}/v1", own.api_key.read_text()
-    with OpenAI(base_url=base_url, api_key=key, timeout=REQUEST_TIMEOUT_S) as client:
-        for question, temperature in QUESTIONS.items():
-            print(f"\nasked:     {question}\nanswered:  ", end="", flush=True)
-            answer = _streamed(client, question, temperature)
-            found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
-            score = f"z {found['z_score']:.2f}, p-value {found['p_value']:.1e}"
-            score += f", {found['num_green']} of {found['num_scored']} tokens green"
-            print(f"\nwatermark: {found['verdict']}: {score}", flush=True)
-
-
-def _streamed(client: OpenAI, question: str, temperature: float) -> str:
-    """The answer, printed meanwhile. Raises UserError if there is none."""
+def _ask(cluster: local.LocalCluster, own: _Secrets, model: str, question: str) -> str:
+    """The answer, printed as it comes. Raises UserError if there is none."""
+    print(f"\nasked:     {question}\n{model}:  ", end="", flush=True)
     answer = ""
-    for chunk in client.chat.completions.create(
-        model=STUDENT,
-        messages=[{"role": "user", "content": question}],
-        max_tokens=200,
-        temperature=temperature,
-        seed=1,
-        stream=True,
-    ):
-        piece = chunk.choices[0].delta.content or ""
-        print(piece, end="", flush=True)
-        answer += piece
+    with _client(cluster, own) as client:
+        for chunk in client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": question}],
+            max_tokens=200,
+            temperature=QUESTIONS[question],
+            seed=1,
+            stream=True,
+        ):
+            piece = chunk.choices[0].delta.content or ""
+            print(piece, end="", flush=True)
+            answer += piece
+    print(flush=True)
     if not answer.strip():
-        raise UserError("the student is served but answered nothing: look at the losses in train/metrics.jsonl")
+        where = "train/metrics.jsonl" if model == STUDENT else "the logs of its replicas"
+        raise UserError(f"{model} is served but answered nothing: look at {where}")
     return answer
+
+
+def _detect(cluster: local.LocalCluster, own: _Secrets, answer: str) -> None:
+    """Print what the watermark's detector says of it."""
+    with _client(cluster, own) as client:
+        found = client.post("/watermark/detect", body={"text": answer}, cast_to=dict[str, Any])
+    score = f"z {found['z_score']:.2f}, p-value {found['p_value']:.1e}"
+    score += f", {found['num_green']} of {found['num_scored']} tokens green"
+    print(f"watermark: {found['verdict']}: {score}", flush=True)
+
+
+def _client(cluster: local.LocalCluster, own: _Secrets) -> OpenAI:
+    key = own.api_key.read_text()
+    return OpenAI(base_url=f"{cluster.serve_url}/v1", api_key=key, timeout=REQUEST_TIMEOUT_S)
 
 
 def _summary(run: RunDirectory, cluster: local.LocalCluster, own: _Secrets, took_s: float) -> str:

@@ -19,6 +19,7 @@ from alpaca_ray.models import load_model
 from alpaca_ray.serve.decoder import Chunk, ModuleDecoder
 from alpaca_ray.serve.engine import ContextLengthError, Delta, EngineError, SamplingParams, TokenRequest
 from alpaca_ray.serve.torch_engine import TorchEngine, decoder_for, end_token_ids, num_threads
+from tests.waiting import wait
 
 PROMPTS = [tuple(range(3, 3 + length)) for length in (1, 7, 20, 4, 12)]
 GREEDY = SamplingParams(max_tokens=24, temperature=0)
@@ -88,6 +89,19 @@ def together(engine: TorchEngine, *requests: TokenRequest) -> list[tuple[list[in
             return await asyncio.gather(*(collect(engine, request) for request in requests))
 
     return asyncio.run(run())
+
+
+def await_all(engine: TorchEngine, number: int) -> Callable[[Sequence[Chunk]], None]:
+    """For `on_call`: no step goes on before so many requests are in hand, in whatever order threads come to run."""
+    is_complete = False
+
+    def hold(_chunks: Sequence[Chunk]) -> None:
+        nonlocal is_complete
+        if not is_complete:
+            wait(lambda: (now := engine.stats()).num_running + now.num_waiting == number, "all requests", DEADLINE_S)
+            is_complete = True
+
+    return hold
 
 
 def deltas_of(engine: TorchEngine, request: TokenRequest) -> list[Delta]:
@@ -357,6 +371,8 @@ def test_only_last_tokens_have_logits_unless_the_prompt_is_echoed(counting: Torc
 
 
 def test_more_requests_than_slots_wait_their_turn(counting: TorchEngine, counter: Counter) -> None:
+    counter.on_call = await_all(counting, 11)
+
     answers = together(counting, *(greedy(5, i) for i in range(11)))
 
     assert answers == [(list(range(i + 1, i + 6)), "length") for i in range(11)]
@@ -416,6 +432,7 @@ def test_five_hundred_clients_that_leave_leave_nothing_behind(counting: TorchEng
 
     asyncio.run(run())
     assert counting.stats().num_cached_tokens == 0
+    counter.on_call = await_all(counting, 4)
     answers = together(counting, *(greedy(3, i) for i in range(4)))
     assert answers == [([i + 1, i + 2, i + 3], "length") for i in range(4)]
     assert max(len(call) for call in counter.calls[-3:]) == 4, "all slots are free again"
