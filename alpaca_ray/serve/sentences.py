@@ -16,11 +16,6 @@ _END = re.compile(
 MIN_CHARS, MAX_CHARS = 16, 200
 
 
-def may_end(text: str) -> bool:
-    """Whether a sentence, however short, may end in this text."""
-    return _END.search(text) is not None
-
-
 def next_end(text: str, start: int, min_chars: int = MIN_CHARS, max_chars: int = MAX_CHARS) -> int | None:
     """Where the sentence that begins at `start` ends, the space behind it included. None: more text may be part of it.
 

@@ -44,14 +44,20 @@ def test_nothing_is_lost_and_the_first_token_waits_for_nobody(pieces: list[str])
     assert all(len(delta.token_ids) <= MAX_TOGETHER for delta in deltas)
 
 
-def test_most_tokens_of_a_long_sentence_travel_together() -> None:
-    assert len(sent([" word"] * 81)) == 11
+def test_a_sentence_travels_whole_and_waits_for_nobody() -> None:
+    deltas = sent(["One", " sentence", " and", " more", ".", " The", " next", " one", " is", " here", "!", " End"])
+
+    assert [delta.text for delta in deltas] == ["One", " sentence and more. The", " next one is here! End"]
 
 
-def test_the_end_of_a_sentence_waits_for_nobody() -> None:
-    deltas = sent(["One", " two", ".", " Three", " four"])
+def test_a_text_without_an_end_travels_by_as_much_as_moderation_holds() -> None:
+    deltas = sent([" word"] * 100)
 
-    assert [delta.text for delta in deltas] == ["One", " two. Three", " four"]
+    assert [len(delta.text) for delta in deltas] == [5, 200, 195, 100]
+
+
+def test_tokens_without_a_text_do_not_wait_for_ever() -> None:
+    assert [len(delta.token_ids) for delta in sent([""] * 100)] == [1, MAX_TOGETHER, 35]
 
 
 def test_an_error_comes_through() -> None:
