@@ -112,12 +112,13 @@ def peers(sides: Sides, model: Path, options: argparse.Namespace) -> dict[str, C
     # One set of sampling parameters for all requests: the model's own, which is greedy. 0.0 would be NaN to it. Its
     # cache is nearly all memory unless it is told how much: here as much as ours has.
     server("continuous",
-           [str(bin_dir / "transformers"), "serve", str(model), "--continuous-batching", "--dtype", "float32",
-            "--device", "cpu", "--cb-block-size", "32", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "512"],
+           [str(bin_dir / "transformers"), "serve", str(model), "--continuous-batching",
+            "--dtype", options.peer_dtype, "--device", "cpu",
+            "--cb-block-size", "32", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "512"],
            {"temperature": None, "top_p": None, "seed": None, "stream_options": None})  # fmt: skip
     if options.vllm_python:
         server("vllm", [options.vllm_python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-                        "--dtype", options.vllm_dtype, "--max-model-len", "512", "--max-num-seqs", "16"])  # fmt: skip
+                        "--dtype", options.peer_dtype, "--max-model-len", "512", "--max-num-seqs", "16"])  # fmt: skip
     if options.llamacpp_python:
         for name, bits in (("llamacpp_f32", "f32"), ("llamacpp_q4", "q4")):
             command = [options.llamacpp_python, str(PEERS_DIR / "llamacpp.py"), str(options.gguf), bits]
@@ -208,11 +209,15 @@ def costs(taken: Taken) -> Iterator[Row]:
 def ratios(name: str, dtype: str, taken: Taken) -> Iterator[Row]:
     """Ours with every layer on against a server that has none of them; beside it, ours with none.
 
-    vLLM's goals are for 16 bits: ours is in bfloat16 where the CPU computes in it, else its weights are in float16; its
-    own is in `dtype`, which may be more.
+    The peer computes in `dtype`, ours in the same. But vLLM's goals are for 16 bits: where the CPU does not compute in
+    bfloat16, our weights are in float16.
     """
     goals = {("generate", "16"): 6.0, ("continuous", "16"): 4.0, ("vllm", "16"): 1.0, ("vllm", "1"): 0.9}
-    ours = "engine" if name.startswith("llamacpp") else SMALLER[0] if name == "vllm" else WHOLE
+    ours: str = WHOLE
+    if name.startswith("llamacpp"):
+        ours = "engine"
+    elif name == "vllm" or dtype == SMALLER[0]:
+        ours = SMALLER[0]
     for kind in [kind for of, kind in taken if of == name and (ours, kind) in taken]:
         goal, peer, mine = goals.get((name, kind)), rate(taken, name, kind), rate(taken, ours, kind)
         others = [of for of in ("serve", WHOLE, *SMALLER) if of != ours and (of, kind) in taken]
@@ -269,7 +274,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--parts", nargs="+", choices=("ours", "peers"), default=["ours", "peers"])
     parser.add_argument("--vllm-python", help="of an environment with vLLM")
     fastest = "bfloat16" if has_bfloat16() else "float32"
-    parser.add_argument("--vllm-dtype", default=fastest, help="default: bfloat16 where the CPU computes in it")
+    told = "of vLLM and of continuous batching; default: bfloat16 where the CPU computes in it, which is their fastest"
+    parser.add_argument("--peer-dtype", choices=("bfloat16", "float32"), default=fastest, help=told)
     parser.add_argument("--llamacpp-python", help="of an environment with llama-cpp-python and gguf")
     parser.add_argument("--gguf", type=Path, help="the embedded model's file, for llama.cpp")
     options = parser.parse_args()
@@ -302,7 +308,7 @@ def main() -> int:
         if "ours" in options.parts:
             ours = bench.turns(OURS, plan.rounds, ("16", "1"))
             rows += [*figures(ours, "ours"), *costs(ours), *shares(ours, ceiling)]
-        dtypes = {"vllm": options.vllm_dtype, "llamacpp_q4": "Q4_1"}
+        dtypes = {"continuous": options.peer_dtype, "vllm": options.peer_dtype, "llamacpp_q4": "Q4_1"}
         end(sides, [layer for layer in LAYERS if layer not in ("serve", WHOLE)])
         made: dict[str, Callable[[], Side]] = {}
         if "peers" in options.parts:

@@ -1,8 +1,8 @@
 """[RAY SERVE] The served application with its layers switched, for benchmarks/serve.py.
 
 `serve` is the engine behind Ray Serve and the API; each further name has one layer more; `admission` is the
-application itself, as alpaca_ray.serve.app builds it; `float16` and `int8` are that with weights of 16 and 8 bits, and
-`bfloat16` is all of it in bfloat16, where the CPU computes in that.
+application itself, as alpaca_ray.serve.app builds it; `float16` and `int8` are that with weights of 16 and 8 bits.
+Where the CPU computes in bfloat16, all of it in that stands for `float16`.
 """
 
 import os
@@ -29,7 +29,7 @@ from benchmarks.serve_sides import ENGINE_ARGS, WATERMARK_KEY, HttpSide, Sides, 
 
 Layer = Literal["serve", "watermark", "moderation", "admission", "bfloat16", "float16", "int8"]
 LAYERS: tuple[Layer, ...] = ("serve", "watermark", "moderation", "admission")
-SMALLER: tuple[Layer, ...] = (*(("bfloat16",) if has_bfloat16() else ()), "float16", "int8")
+SMALLER: tuple[Layer, ...] = ("bfloat16" if has_bfloat16() else "float16", "int8")
 MAX_ONGOING = 200
 
 

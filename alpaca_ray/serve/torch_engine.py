@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Tokens of prompts in a step. On a CPU a step of 16 rows takes 2 to 3 times as long with 64 more, and the arithmetic is
-# as fast as it gets; a GPU has room for more beside its rows.
-PREFILL_CHUNK = {"cpu": 64, "cuda": 1024}
+# as fast as it gets; where it computes in bfloat16, 128 take as long as 64 in float32, and prompts 0.8 of the time that
+# they take by 64. A GPU has room for more beside its rows.
+PREFILL_CHUNK = {"cpu": 64, "cpu_bfloat16": 128, "cuda": 1024}
 
 
 def load_engine(args: ServeArgs, marks: Marks | None = None) -> "TorchEngine":
@@ -40,12 +41,13 @@ def load_engine(args: ServeArgs, marks: Marks | None = None) -> "TorchEngine":
     # then libgomp has none of them wait awake between two products: 35 ms for a step of one row become 62.
     with ThreadPoolExecutor(1) as thread:
         decoder, end_ids = thread.submit(_load, args).result()
+    is_fast = args.dtype == "bfloat16" and decoder.device.type == "cpu" and has_bfloat16()
     return TorchEngine(
         decoder,
         end_ids,
         marks=marks,
         grammars=Grammars(models.load_tokenizer(args.model), decoder.vocab_size),
-        prefill_chunk=PREFILL_CHUNK[decoder.device.type],
+        prefill_chunk=PREFILL_CHUNK["cpu_bfloat16" if is_fast else decoder.device.type],
         num_threads=num_threads(args.placement),
     )
 
