@@ -35,7 +35,7 @@ from alpaca_ray.schema import read_evaluation_tasks
 from alpaca_ray.serve.app import OPENMP
 from alpaca_ray.serve.linear import has_bfloat16
 from benchmarks.serve_ceiling import Ceiling, measure_ceiling
-from benchmarks.serve_layers import LAYERS, SMALLER, end, served
+from benchmarks.serve_layers import LAYERS, SMALLER, Layer, end, served
 from benchmarks.serve_sides import (
     HttpSide,
     LineSide,
@@ -156,14 +156,10 @@ class Bench:
             "16_sampled": replace(many, temperature=1.0, top_p=0.95),
         }[kind]
 
-    def against(self, name: str, make: Callable[[], Side]) -> Taken:
+    def against(self, name: str, make: Callable[[], Side], ours: Sequence[str]) -> Taken:
         """A peer and ours, by turns."""
         self.sides.add(name, make)
         kinds = ("16", "1", "16_sampled") if name == "vllm" else ("16", "1")
-        if name.startswith("llamacpp"):
-            ours: tuple[str, ...] = ("engine",)
-        else:
-            ours = (*(("serve",) if name == "generate" else ()), WHOLE, *SMALLER)
         taken = self.turns((*ours, name), self.plan.peer_rounds, kinds)
         self.sides.end(name)
         return taken
@@ -314,12 +310,16 @@ def main() -> int:
         if "peers" in options.parts:
             made = peers(sides, model, options)
             begin(SMALLER)
+        applications: list[Layer] = ["serve", WHOLE, *SMALLER]
         for name, make in made.items():
-            beside = bench.against(name, make)
+            beside = bench.against(name, make, ["engine"] if name.startswith("llamacpp") else applications)
             rows += [*figures(beside, name), *ratios(name, dtypes.get(name, "float32"), beside)]
             if name == "generate":
                 rows += equality(beside)
-                end(sides, ["serve"])
+                # An application that waits takes its part of the cores, and an operator has one, in the fastest dtype.
+                done = ["serve", *((WHOLE, "int8") if options.peer_dtype == SMALLER[0] else ())]
+                end(sides, [layer for layer in applications if layer in done])
+                applications = [layer for layer in applications if layer not in done]
         rows += [*missing(sides), *(missing_peers(sides, made) if "peers" in options.parts else [])]
     for row in rows:
         print(json.dumps(row), file=sys.stderr)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alpaca_ray.serve.coalesce import MAX_TOGETHER, coalesced
+from alpaca_ray.serve.coalesce import MAX_TOGETHER, MIN_TOGETHER, coalesced
 from alpaca_ray.serve.engine import EngineError
 from alpaca_ray.serve.hold import joined
 from alpaca_ray.serve.text import TextDelta
@@ -36,28 +36,36 @@ def sent(pieces: list[str]) -> list[TextDelta]:
 
 
 @given(PIECES)
-def test_nothing_is_lost_and_the_first_token_waits_for_nobody(pieces: list[str]) -> None:
+def test_nothing_is_lost_and_nothing_waits_for_ever(pieces: list[str]) -> None:
     deltas = sent(pieces)
 
     assert joined(deltas) == joined(said(pieces))
-    assert deltas[0].token_ids == (0,)
     assert all(len(delta.token_ids) <= MAX_TOGETHER for delta in deltas)
+    assert all(len(delta.token_ids) >= MIN_TOGETHER for delta in deltas[1:-1])
 
 
-def test_a_sentence_travels_whole_and_waits_for_nobody() -> None:
+def test_the_first_sentence_waits_for_nobody() -> None:
     deltas = sent(["One", " sentence", " and", " more", ".", " The", " next", " one", " is", " here", "!", " End"])
 
-    assert [delta.text for delta in deltas] == ["One", " sentence and more. The", " next one is here! End"]
+    assert [delta.text for delta in deltas] == ["One sentence and more. The", " next one is here! End"]
+
+
+def test_later_sentences_travel_together() -> None:
+    deltas = sent(
+        [*["A", " first", " sentence", " here", ".", " x"], *(6 * [" and", " another", " one", " of", " them."])]
+    )
+
+    assert [len(delta.token_ids) for delta in deltas] == [6, MIN_TOGETHER, 6]
 
 
 def test_a_text_without_an_end_travels_by_as_much_as_moderation_holds() -> None:
     deltas = sent([" word"] * 100)
 
-    assert [len(delta.text) for delta in deltas] == [5, 200, 195, 100]
+    assert [len(delta.text) for delta in deltas] == [205, 195, 100]
 
 
 def test_tokens_without_a_text_do_not_wait_for_ever() -> None:
-    assert [len(delta.token_ids) for delta in sent([""] * 100)] == [1, MAX_TOGETHER, 35]
+    assert [len(delta.token_ids) for delta in sent([""] * 100)] == [MAX_TOGETHER, 36]
 
 
 def test_an_error_comes_through() -> None:
