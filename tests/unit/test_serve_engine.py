@@ -91,13 +91,14 @@ def together(engine: TorchEngine, *requests: TokenRequest) -> list[tuple[list[in
     return asyncio.run(run())
 
 
-def await_all(engine: TorchEngine, number: int) -> Callable[[Sequence[Chunk]], None]:
-    """For `on_call`: no step goes on before so many requests are in hand, in whatever order threads come to run."""
-    is_complete = False
+def await_all(engine: TorchEngine, number: int, free_steps: int = 0) -> Callable[[Sequence[Chunk]], None]:
+    """For `on_call`: behind the free steps none goes on before so many requests have been in hand at once, in whatever
+    order threads come to run."""
+    free, is_complete = iter(range(free_steps)), False
 
     def hold(_chunks: Sequence[Chunk]) -> None:
         nonlocal is_complete
-        if not is_complete:
+        if next(free, None) is None and not is_complete:
             wait(lambda: (now := engine.stats()).num_running + now.num_waiting == number, "all requests", DEADLINE_S)
             is_complete = True
 
@@ -330,6 +331,8 @@ def test_what_cannot_be_marked_is_not_emitted(counter: Counter) -> None:
 
 
 def test_requests_join_and_leave_between_steps(counting: TorchEngine, counter: Counter) -> None:
+    counter.on_call = await_all(counting, 2, free_steps=1)
+
     async def run() -> None:
         async with aclosing(counting.generate(greedy(40, 1))) as first:
             await anext(first)
@@ -344,6 +347,8 @@ def test_requests_join_and_leave_between_steps(counting: TorchEngine, counter: C
 
 
 def test_prompts_come_in_chunks_and_streams_keep_their_pace(counting: TorchEngine, counter: Counter) -> None:
+    counter.on_call = await_all(counting, 3, free_steps=1)
+
     async def run() -> None:
         async with aclosing(counting.generate(greedy(60, 1))) as stream:
             await anext(stream)
